@@ -1,0 +1,1 @@
+"""Backends: the reference meaning, ONNX Runtime, Triton."""

@@ -1,0 +1,153 @@
+"""The ONNX Runtime engine: preallocated cache buffers bound in place, small inputs per pass, no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from planc.runtime.artifact import Manifest
+from planc.runtime.engine import EngineSpec, Ints, Outputs, Step
+from planc.runtime.errors import ArtifactError
+from planc.runtime.rows import key_bias, positions_of
+
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+
+
+class OnnxCache:
+    """Keys and values of B sequences, [B, heads, capacity, width] per tensor; the graph writes into these buffers."""
+
+    def __init__(self, engine: OnnxEngine, batch: int, capacity: int) -> None:
+        # zeros, not empty: a slot that nobody wrote must not hold NaN; untouched pages cost no memory
+        self.state = {
+            name: np.zeros((batch, shape[1], capacity, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()
+        }
+        self.lengths: Ints = np.zeros(batch, dtype=np.int64)
+        self.capacity = capacity
+        self.bindings: dict[tuple[int, bool, bool], Any] = {}
+        self.buffers: dict[tuple[int, str], np.ndarray] = {}
+
+    def keep(self, sequence: int, rows: Ints) -> None:
+        """See the engine contract. Rows that are where they belong are not moved."""
+        start, count = int(self.lengths[sequence]), len(rows)
+        rows = np.asarray(rows, dtype=np.int64)
+        first = int(np.argmax(rows != np.arange(count))) if count and rows[-1] != count - 1 else count
+        if first < count:
+            source = start + rows[first:]
+            for tensor in self.state.values():
+                tensor[sequence, :, start + first : start + count] = tensor[sequence][:, source]
+        self.lengths[sequence] += count
+
+    def rollback(self, sequence: int, length: int) -> None:
+        """See the engine contract."""
+        assert 0 <= length <= self.lengths[sequence]
+        self.lengths[sequence] = length
+
+    def bytes(self) -> int:
+        """Bytes of all slots (address space; memory is taken as slots are written)."""
+        return sum(t.nbytes for t in self.state.values())
+
+
+class OnnxEngine:
+    """Runs `model.onnx` of an artifact by the engine contract.
+
+    Raises ArtifactError[artifact-corrupt] when ONNX Runtime cannot load the file.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None, file: str = "model.onnx") -> None:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads or manifest.target.get("threads") or os.cpu_count() or 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        try:
+            self.session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types without a common base
+            raise ArtifactError("artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(directory), fix="compile the plan again") from error
+        self.spec: EngineSpec = manifest.signature.spec()
+        inputs = {i.name: i for i in self.session.get_inputs()}
+        self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
+        self.inputs = [n for n in inputs if n not in self.states]
+        self.biases = {n: int(n.partition(".")[2] or 0) for n in self.inputs if n.startswith("bias")}
+        outputs = {o.name: o for o in self.session.get_outputs()}
+        self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
+        self.batches = bool(manifest.extra.get("batches", False))
+        self._options = ort.RunOptions()
+
+    def new_cache(self, batch: int, capacity: int) -> OnnxCache:
+        """See the engine contract."""
+        return OnnxCache(self, batch, capacity)
+
+    def forward(self, cache: OnnxCache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+        """See the engine contract. Fused attention takes several rows of one sequence only, so a batch goes through sequence by sequence."""
+        batch = step.tokens.shape[0]
+        if batch == 1 or self.batches:
+            return self._run(cache, slice(0, batch), step, logits, top_k)
+        parts = [self._run(cache, slice(b, b + 1), _one(step, b), logits, top_k) for b in range(batch)]
+        taps = {n: np.concatenate([p.taps[n] for p in parts]) for n in self.spec.taps}
+        return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
+
+    def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool) -> Outputs:
+        key = (part.start, logits, top_k)
+        if key not in cache.bindings:
+            cache.bindings[key] = self._bind_state(cache, part)
+        binding = cache.bindings[key]
+        feeds = dict(self._feeds(cache.lengths[part], step))  # kept alive until the pass is over
+        for name, array in feeds.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        out = {name: self._buffer(cache, binding, part.start, name, step) for name in self._wanted(logits, top_k)}
+        self.session.run_with_iobinding(binding, self._options)
+        taps = {n: out[n] for n in self.spec.taps}
+        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), taps)
+
+    def _feeds(self, lengths: Ints, step: Step) -> Iterator[tuple[str, np.ndarray]]:
+        for name in self.inputs:
+            if name == "input_ids":
+                yield name, np.ascontiguousarray(step.tokens, dtype=np.int64)
+            elif name == "position_ids":
+                yield name, np.ascontiguousarray(positions_of(lengths, step))
+            elif name == "lengths":
+                yield name, lengths.copy()
+            elif name == "logits_from":
+                yield name, np.array([step.logits_from], dtype=np.int64)
+            else:
+                yield name, np.ascontiguousarray(key_bias(lengths, step, self.biases[name]))
+
+    def _wanted(self, logits: bool, top_k: bool) -> list[str]:
+        wanted = ["argmax"] + (["logits"] if logits else []) + (["top_ids"] if top_k else [])
+        return [n for n in (*wanted, *self.spec.taps) if n in self.outputs]
+
+    def _buffer(self, cache: OnnxCache, binding: Any, sequence: int, name: str, step: Step) -> np.ndarray:
+        """An output buffer of the right shape, bound; grown when needed, a view of the old one otherwise."""
+        shape, dtype = self.outputs[name]
+        batch, rows = step.tokens.shape
+        rows = rows if name.startswith("tap") else rows - step.logits_from
+        full = (batch, rows, *shape[2:])
+        count = int(np.prod(full))
+        key = (sequence, name)
+        if key not in cache.buffers or cache.buffers[key].size < count:
+            cache.buffers[key] = np.empty(count, dtype)
+        array = cache.buffers[key][:count].reshape(full)
+        binding.bind_output(name, "cpu", 0, dtype, full, array.ctypes.data)
+        return array  # type: ignore[no-any-return]
+
+    def _bind_state(self, cache: OnnxCache, part: slice) -> Any:
+        """Past and present of each layer are the same buffer."""
+        binding = self.session.io_binding()
+        for name, whole in cache.state.items():
+            array = whole[part]
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+            binding.bind_output(f"present.{name.partition('.')[2]}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return binding
+
+
+def _one(step: Step, b: int) -> Step:
+    return Step(step.tokens[b : b + 1], None if step.parents is None else step.parents[b : b + 1], step.logits_from)
+
+
+def _join(parts: list[Outputs], name: str) -> np.ndarray | None:
+    arrays = [getattr(p, name) for p in parts]
+    return None if arrays[0] is None else np.concatenate(arrays)

@@ -1,0 +1,82 @@
+"""What quantised products become in ONNX."""
+
+from __future__ import annotations
+
+import numpy as np
+from onnx import TensorProto
+from torch.fx import Node
+
+from planc.backends.onnx.build import MICROSOFT, Builder, Lowering
+from planc.compiler.dialect import OPS
+
+
+def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
+    """x [..., K] float as uint8 around 128, and the scale of each row [..., 1]. Products that read the same x share both."""
+
+    def make() -> str:
+        peak = b.op("ReduceMax", b.op("Abs", x), b.const([-1], np.int64), keepdims=1)
+        scale = b.op("Max", b.op("Mul", peak, b.const(1.0 / 127.0)), b.const(1e-30))
+        values = b.op("QuantizeLinear", b.op("Div", x, scale), b.const(1.0), b.const(128, np.uint8))
+        b.values["rows", x] = (values, scale)  # type: ignore[index]
+        return values  # type: ignore[no-any-return]
+
+    b.once(("rows", x), make)
+    return b.values["rows", x]  # type: ignore[index, no-any-return]
+
+
+def _linear_int8(b: Builder, n: Node) -> str:
+    x, weight, scale, bias = n.args
+    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(scale, Node)
+    values, row_scale = quantized_rows(b, x)
+    stored = b.param(str(weight.target), lambda w: w.T, ".T")
+    sums = b.op("MatMulInteger", values, stored, b.const(128, np.uint8))
+    wide = b.op("Cast", sums, to=TensorProto.FLOAT)
+    out = b.op("Mul", b.op("Mul", wide, row_scale), scale)
+    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+
+
+def _linear_blocks(b: Builder, n: Node) -> str:
+    x, packed, scales, zeros, bias, bits, block = n.args
+    inputs, outputs = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])  # type: ignore[union-attr]
+    flat_scales = b.param(str(scales.target), lambda s: s.reshape(-1), ".flat")  # type: ignore[union-attr]
+    flat_zeros = None if zeros is None else b.param(str(zeros.target), lambda z: z.reshape(-1), ".flat")  # type: ignore[union-attr]
+    return b.op(  # type: ignore[no-any-return]
+        "MatMulNBits", x, packed, flat_scales, flat_zeros, None, bias,
+        domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=4,
+    )  # fmt: skip
+
+
+def _embedding_int8(b: Builder, n: Node) -> str:
+    table, scale, ids = n.args
+    rows = b.op("Cast", b.op("Gather", table, ids, axis=0), to=TensorProto.FLOAT)
+    return b.op("Mul", rows, b.op("Unsqueeze", b.op("Gather", scale, ids, axis=0), b.const([-1], np.int64)))  # type: ignore[no-any-return]
+
+
+TABLE: dict[object, Lowering] = {
+    OPS.linear_int8.default: _linear_int8,
+    OPS.linear_blocks.default: _linear_blocks,
+    OPS.embedding_int8.default: _embedding_int8,
+}
+
+
+def _linear_blocks_standard(b: Builder, n: Node) -> str:
+    """DequantizeLinear per block, then a plain product: standard from opset 21 on."""
+    x, packed, scales, zeros, bias, bits, block = n.args
+    inputs = int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+
+    def unpack(p: np.ndarray) -> np.ndarray:
+        values = np.stack((p & 15, p >> 4), -1) if bits == 4 else p
+        return np.asarray(values.reshape(p.shape[0], -1)[:, :inputs].T, dtype=np.uint8)
+
+    width = int(block)  # type: ignore[call-overload]
+    stored = b.param(str(packed.target), unpack, ".steps")  # type: ignore[union-attr]
+    zero = None if zeros is None else b.array(str(zeros.target))  # type: ignore[union-attr]
+    offset = np.float32(2 ** (int(bits) - 1)) if zero is None else np.repeat(zero, width, 1)[:, :inputs].T.astype(np.float32)  # type: ignore[call-overload]
+    spread = b.param(str(scales.target), lambda s: np.ascontiguousarray(np.repeat(s, width, 1)[:, :inputs].T), ".spread")  # type: ignore[union-attr]
+    shift = b.const(float(offset)) if zero is None else b.tensor(f"{zeros.target}.spread", np.ascontiguousarray(offset))  # type: ignore[union-attr]
+    weight = b.op("Mul", b.op("Sub", b.op("Cast", stored, to=TensorProto.FLOAT), shift), spread)
+    out = b.op("MatMul", x, weight)
+    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+
+
+STANDARD_TABLE: dict[object, Lowering] = {**TABLE, OPS.linear_blocks.default: _linear_blocks_standard}

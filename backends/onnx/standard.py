@@ -1,0 +1,152 @@
+"""What the dialect becomes with standard operators only (`target: {ops: standard}`): runs on every ONNX runtime, follows the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from onnx import TensorProto
+from torch.fx import Node
+
+from planc.backends.onnx.aten import TABLE as ATEN
+from planc.backends.onnx.build import Builder, Lowering
+from planc.compiler.dialect import MASKED, OPS
+
+aten = torch.ops.aten
+_ACTIVATIONS = {"gelu": {"approximate": "none"}, "gelu_tanh": {"approximate": "tanh"}}
+
+
+def _rms_norm(b: Builder, n: Node) -> str:
+    x, weight, eps = n.args
+    mean = b.op("ReduceMean", b.op("Mul", x, x), b.const([-1], np.int64), keepdims=1)
+    scale = b.op("Reciprocal", b.op("Sqrt", b.op("Add", mean, b.const(float(eps)))))  # type: ignore[arg-type]
+    return b.op("Mul", weight, b.op("Mul", x, scale))  # type: ignore[no-any-return]
+
+
+def _rope_table(b: Builder, n: Node) -> tuple[str, str]:
+    positions, frequency, scaling = n.args
+    wide = b.op("Cast", b.op("Unsqueeze", positions, b.const([2], np.int64)), to=TensorProto.FLOAT)
+    angles = b.op("Mul", wide, frequency)
+    both = [b.op(kind, angles) for kind in ("Cos", "Sin")]
+    return tuple(both) if scaling == 1.0 else tuple(b.op("Mul", v, b.const(float(scaling))) for v in both)  # type: ignore[return-value, arg-type]
+
+
+def _rope(b: Builder, n: Node) -> str:
+    x, cos, sin = n.args
+    half, width = int(cos.meta["val"].shape[-1]), int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+    sizes = [half, half] + ([width - 2 * half] if width > 2 * half else [])
+    parts = b.op("Split", x, b.const(sizes, np.int64), axis=3, outputs=len(sizes))
+    c, s = (b.once(("heads", t), lambda t=t: b.op("Unsqueeze", t, b.const([2], np.int64))) for t in (cos, sin))
+    low = b.op("Sub", b.op("Mul", parts[0], c), b.op("Mul", parts[1], s))
+    high = b.op("Add", b.op("Mul", parts[1], c), b.op("Mul", parts[0], s))
+    return b.op("Concat", low, high, *parts[2:], axis=3)  # type: ignore[no-any-return]
+
+
+def _glu(b: Builder, n: Node) -> str:
+    gate, up, activation = n.args
+    if activation == "silu":
+        active = b.op("Mul", gate, b.op("Sigmoid", gate))
+    elif activation == "relu":
+        active = b.op("Relu", gate)
+    else:
+        active = b.op("Gelu", gate, **_ACTIVATIONS[str(activation)])
+    return b.op("Mul", active, up)  # type: ignore[no-any-return]
+
+
+def _groups(b: Builder, value: str, group: int, heads: int, width: int) -> str:
+    """[B,G,T,D] -> [B,H,T,D] by repeating each key/value head."""
+    if group == 1:
+        return value
+    wide = b.op("Concat", *[b.op("Unsqueeze", value, b.const([2], np.int64))] * group, axis=2)
+    return b.op("Reshape", wide, b.const([0, heads, -1, width], np.int64))  # type: ignore[no-any-return]
+
+
+def _attend(b: Builder, n: Node, q: str, k: str, v: str, mask: str) -> str:
+    """softmax(q k^T scale + mask) v for q [B,R,H,D], k and v [B,G,T,D]; the softmax as single steps with the sum in float64, so that masked
+    keys between a tree row and its ancestors leave no trace."""
+    query, value = n.args[0].meta["val"], n.args[2].meta["val"]  # type: ignore[union-attr]
+    heads, width = int(query.shape[2]), int(query.shape[3])
+    group = heads // int(value.shape[2])
+    scale, softcap = float(n.args[-4 if n.target is OPS.attention.default else -3]), float(n.args[-1])  # type: ignore[arg-type]
+    turned = b.op("Transpose", q, perm=[0, 2, 1, 3])
+    keys = b.op("Transpose", _groups(b, k, group, heads, width), perm=[0, 1, 3, 2])
+    scores = b.op("Mul", b.op("MatMul", turned, keys), b.const(scale))
+    if softcap:
+        scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, b.const(softcap))), b.const(softcap))
+    scores = b.op("Add", scores, mask)
+    peak = b.op("ReduceMax", scores, b.const([-1], np.int64), keepdims=1)
+    weights = b.op("Exp", b.op("Sub", scores, peak))
+    total = b.op("ReduceSum", b.op("Cast", weights, to=TensorProto.DOUBLE), b.const([-1], np.int64), keepdims=1)
+    mixed = b.op("MatMul", weights, _groups(b, v, group, heads, int(value.shape[3])))
+    out = b.op("Div", mixed, b.op("Cast", total, to=TensorProto.FLOAT))
+    return b.op("Transpose", out, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+
+
+def _range(b: Builder, size: str) -> str:
+    return b.once(("range", size), lambda: b.op("Range", b.const(0, np.int64), b.scalar(size), b.const(1, np.int64)))
+
+
+def _hidden(b: Builder, keys: str, slots: str, window: int, causal: bool = True) -> str:
+    """Additive mask [B|1,1,R,T]; keys [T], slots [B|1,R]."""
+    rows = b.once(("rows", slots), lambda: b.op("Unsqueeze", slots, b.const([1, 3], np.int64)))
+    hidden = b.op("Greater", keys, rows) if causal else None
+    if window:
+        old = b.op("LessOrEqual", keys, b.op("Sub", rows, b.const(window, np.int64)))
+        hidden = old if hidden is None else b.op("Or", hidden, old)
+    if hidden is None:
+        return b.const(0.0)
+    return b.op("Where", hidden, b.const(float(MASKED)), b.const(0.0))  # type: ignore[no-any-return]
+
+
+def _attention(b: Builder, n: Node) -> str:
+    q, k, v, bias, _, causal, window, _ = n.args
+    rows = _range(b, b.size(q.meta["val"].shape[1]))  # type: ignore[union-attr]
+    keys = _range(b, b.size(k.meta["val"].shape[1]))  # type: ignore[union-attr]
+    slots = b.once(("slots", rows), lambda: b.op("Unsqueeze", rows, b.const([0], np.int64)))
+    mask = b.once(("mask", keys, slots, window, causal), lambda: _hidden(b, keys, slots, window, causal))  # type: ignore[arg-type]
+    if bias is not None:
+        mask = b.op("Add", mask, bias)
+    turned = [b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (k, v)]
+    return _attend(b, n, b[q], *turned, mask)
+
+
+def _cached_attention(b: Builder, n: Node) -> tuple[str, str, str]:
+    q, k, v, past_k, past_v, lengths, bias, _, window, _ = n.args
+    rows = b.size(q.meta["val"].shape[1])  # type: ignore[union-attr]
+    slots = b.once(
+        ("slots", lengths), lambda: b.op("Add", b.op("Unsqueeze", lengths, b.const([1], np.int64)), b.op("Unsqueeze", _range(b, rows), b.const([0], np.int64)))
+    )
+    total = b.once(("total", lengths), lambda: b.op("Add", b.op("ReduceMax", lengths, keepdims=1), rows))
+    seen = _range(b, total)
+    mask = b.once(("mask", lengths, window, bias), lambda: _mask(b, seen, slots, window, bias))  # type: ignore[arg-type]
+    states = [_write(b, past, new, slots) for past, new in ((past_k, k), (past_v, v))]  # type: ignore[arg-type]
+    visible = [b.op("Slice", s, b.const([0], np.int64), total, b.const([2], np.int64)) for s in states]
+    return _attend(b, n, b[q], *visible, mask), *states
+
+
+def _mask(b: Builder, seen: str, slots: str, window: int, bias: Node | None) -> str:
+    hidden = _hidden(b, seen, slots, 0 if bias is not None else window)
+    return hidden if bias is None else b.op("Add", hidden, bias)  # type: ignore[no-any-return]
+
+
+def _write(b: Builder, past: Node, new: Node, slots: str) -> str:
+    """The cache with k or v [B,R,G,D] written to the slots [B,R]."""
+    turned = b.op("Transpose", new, perm=[0, 2, 1, 3])
+    wide = b.once(("index", slots), lambda: b.op("Unsqueeze", slots, b.const([1, 3], np.int64)))
+    index = b.op("Expand", wide, b.op("Shape", turned))
+    return b.op("ScatterElements", past, index, turned, axis=2)  # type: ignore[no-any-return]
+
+
+def _rows_from(b: Builder, n: Node) -> str:
+    return b.op("Slice", n.args[0], n.args[1], b.const([2**62], np.int64), b.const([1], np.int64))  # type: ignore[no-any-return]
+
+
+TABLE: dict[object, Lowering] = {
+    **ATEN,
+    OPS.rms_norm.default: _rms_norm,
+    OPS.rope_table.default: _rope_table,
+    OPS.rope.default: _rope,
+    OPS.glu.default: _glu,
+    OPS.attention.default: _attention,
+    OPS.cached_attention.default: _cached_attention,
+    OPS.rows_from.default: _rows_from,
+}

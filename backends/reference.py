@@ -1,0 +1,118 @@
+"""The reference backend: a Program executed node by node with torch. Slow; it defines what every op means."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from planc.compiler.program import MAIN, Program
+from planc.runtime.engine import EngineSpec, Ints, Outputs, Step
+from planc.runtime.rows import key_bias, positions_of
+
+
+def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> dict[str, Tensor]:
+    """Outputs by name of one graph on `inputs` by name. Values are freed as soon as nobody reads them."""
+    values: dict[Any, Any] = {}
+    pending = {node: len(node.users) for node in program.graphs[graph].nodes}
+    with torch.no_grad():
+        for node in program.graphs[graph].nodes:
+            if node.op == "placeholder":
+                values[node] = inputs[str(node.target)]
+            elif node.op == "get_attr":
+                values[node] = program.params[str(node.target)]
+            elif node.op == "output":
+                return {name: values[value] for name, value in node.args[0].items()}
+            else:
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+                values[node] = node.target(*args, **kwargs)
+                for source in node.all_input_nodes:
+                    pending[source] -= 1
+                    if not pending[source]:
+                        del values[source]
+    raise AssertionError("graph without output")
+
+
+def empty_state(program: Program, batch: int, capacity: int) -> dict[str, Tensor]:
+    """Empty cache inputs of a program with state."""
+    state = {}
+    for s in program.states:
+        state[f"{s.name}.key"] = torch.zeros(batch, s.heads, capacity, s.key_width, dtype=s.dtype)
+        state[f"{s.name}.value"] = torch.zeros(batch, s.heads, capacity, s.value_width, dtype=s.dtype)
+    return state
+
+
+def step_inputs(program: Program, lengths: Ints, step: Step) -> dict[str, Tensor]:
+    """Inputs of a pass other than the cache."""
+    feeds: dict[str, Any] = {"input_ids": step.tokens, "position_ids": positions_of(lengths, step), "lengths": lengths}
+    feeds["logits_from"] = np.array([step.logits_from])
+    for name in program.inputs:
+        if name.startswith("bias"):
+            feeds[name] = key_bias(lengths, step, window=int(name.partition(".")[2] or 0))
+    return {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in program.inputs if name in feeds}
+
+
+def probe(program: Program, ids: Tensor) -> dict[str, Tensor]:
+    """Outputs on token ids [B,R] from an empty cache: how passes are compared with each other."""
+    lengths = np.zeros(ids.shape[0], dtype=np.int64)
+    inputs = {**step_inputs(program, lengths, Step(ids.numpy())), **empty_state(program, ids.shape[0], ids.shape[1])}
+    return run(program, inputs)
+
+
+class ReferenceCache:
+    """Cache of the reference engine: dense tensors, one dictionary."""
+
+    def __init__(self, program: Program, batch: int, capacity: int) -> None:
+        self.state = empty_state(program, batch, capacity)
+        self.lengths = np.zeros(batch, dtype=np.int64)
+        self.capacity = capacity
+
+    def keep(self, sequence: int, rows: Ints) -> None:
+        """See the engine contract."""
+        start = int(self.lengths[sequence])
+        source = start + torch.from_numpy(np.asarray(rows, dtype=np.int64))
+        for tensor in self.state.values():
+            tensor[sequence, :, start : start + len(rows)] = tensor[sequence][:, source].clone()
+        self.lengths[sequence] += len(rows)
+
+    def rollback(self, sequence: int, length: int) -> None:
+        """See the engine contract."""
+        assert 0 <= length <= self.lengths[sequence]
+        self.lengths[sequence] = length
+
+    def bytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(t.numel() * t.element_size() for t in self.state.values())
+
+
+class ReferenceEngine:
+    """Runs a program with state by the engine contract."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        top = program.outputs.get("top_ids")
+        self.spec = EngineSpec(
+            vocab_size=program.info.vocab_size,
+            max_length=program.info.max_length,
+            top_k=int(top.meta["val"].shape[-1]) if top is not None else 0,
+            trees=any(name.startswith("bias") for name in program.inputs),
+            taps=tuple(name for name in program.outputs if name.startswith("tap")),
+        )
+
+    def new_cache(self, batch: int, capacity: int) -> ReferenceCache:
+        """See the engine contract."""
+        return ReferenceCache(self.program, batch, capacity)
+
+    def forward(self, cache: ReferenceCache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+        """See the engine contract."""
+        out = run(self.program, {**step_inputs(self.program, cache.lengths, step), **cache.state})
+        cache.state = {name: out[f"present.{name.partition('.')[2]}"] for name in cache.state}
+        return Outputs(
+            argmax=out["argmax"].numpy(),
+            logits=out["logits"].numpy() if logits else None,
+            top_ids=out["top_ids"].numpy() if top_k else None,
+            taps={name: out[name].numpy() for name in self.spec.taps},
+        )

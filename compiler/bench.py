@@ -1,0 +1,452 @@
+"""`planc bench`: plans, their plain forms and other libraries on the same prompts in one run.
+
+Every system lives in a process of its own and is warm; for each prompt the systems take turns in rotating order, and only one of them computes
+at a time, so that a slow spell of the machine hits all alike. Speed is generated tokens by wall seconds of the whole call, prompt included.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from planc.compiler import quality
+from planc.compiler.peers import LOAD_SECONDS, OURS, PEERS, PeerError, PeerMissing, Worker, unknown_peer
+from planc.compiler.store import Stored, cache_dir, obtain
+from planc.runtime.contract import hardware
+from planc.runtime.errors import InputError, PlanError
+
+PAUSE = 0.05  #: seconds between two systems: threads of the last one stop spinning meanwhile
+WARM_TOKENS = 16
+WARM_TEXT = "Name three rivers and say in one sentence each where they flow."  # in no prompt set, so that nothing useful is learned from it
+
+FORMS = ("plan", "plain", "plain_one_row")
+
+#: The built-in prompt of `--prompts repeat`: copying is where drafting from the prompt pays most.
+REPEAT = """The lighthouse at Carrow Point was built in the year 1864 by a crew of forty men, most of whom had never seen the sea before they came to \
+work there. The stone was cut in a quarry eleven miles inland, loaded on flat carts, and pulled by oxen along a road that the men had to lay as \
+they went. It took nine months to finish the road and only seven to finish the tower. The first keeper, a quiet man named Edwin Marsh, lived in \
+the small house beneath the lamp with his two daughters and a grey dog. Every evening he climbed the one hundred and twelve steps with a can of \
+oil in each hand, trimmed the wicks, polished the glass, and lit the lamp before the sun touched the water. He wrote down the weather, the ships \
+that passed, and the number of birds that struck the glass during the night. His books are still kept in the town hall, and they are the reason \
+we know so much about the storms of that time. In the winter of 1871 the wind blew for eighteen days without a pause, and no boat could bring \
+food to the point. The family lived on dried fish, potatoes, and the milk of a single goat. On the last day the older daughter, Alice, saw a \
+ship without masts drifting toward the rocks. She rang the bell until her hands bled, and the fishermen of the village, hearing it through the \
+storm, went out in two open boats and saved all twenty-three people aboard. The captain later sent her a silver watch, which stopped each year, \
+so the story goes, at the very hour of the rescue. The lamp burned oil until 1922, gas until 1958, and electricity ever since. Today no keeper \
+lives at the point. A small machine turns the light on and off, and visitors may climb the steps on the first Sunday of every month."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A user message of the prompt set."""
+
+    id: str
+    category: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Run:
+    """What one system did with one prompt."""
+
+    ids: list[int]
+    seconds: float  # wall time of the whole call
+    ttft_ms: float | None = None
+    peak_rss_mb: float = 0.0  # of the process, so far
+    tokens_per_pass: float | None = None
+    passes: int | None = None
+    host_ms_per_step: float | None = None
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second."""
+        return len(self.ids) / self.seconds if self.seconds > 0 else 0.0
+
+
+@dataclass
+class System:
+    """One column of the race: a form of a plan, or a peer."""
+
+    name: str
+    worker: Worker
+    form: str | None = None  # one of FORMS; None for a peer
+    runs: list[Run] = field(default_factory=list)
+
+    def run(self, ids: list[int], max_new_tokens: int, eos: list[int]) -> Run:
+        """Generate once."""
+        extra = {} if self.form is None else {"form": self.form}
+        answer = self.worker.ask("generate", ids=ids, max_new_tokens=max_new_tokens, eos=eos, **extra)
+        return Run(**{name: answer[name] for name in Run.__dataclass_fields__ if name in answer})
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asked for."""
+
+    model: str
+    max_new_tokens: int = 96
+    peers: tuple[str, ...] = ()
+    peer_python: str = ""
+    quality: Path | None = None
+    quality_tokens: int = quality.TOKENS
+    chat: bool | None = None
+    progress: bool = True
+
+
+# ---- prompts -----------------------------------------------------------------------------------------------------------------------
+
+
+def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
+    """Prompts of a file, or `repeat`. `.jsonl`: {"id", "category", "turns": [...]} or {"prompt": ...} a line; anything else: a prompt a line.
+
+    `limit` takes the same number from every category, the first ones of each; what cannot be shared evenly goes to the first categories.
+    """
+    if source == "repeat":
+        return [Prompt("repeat", "copy", f"Repeat the following text exactly, word for word, and add nothing.\n\n{REPEAT}")]
+    path = Path(source).expanduser()
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("input-invalid", f"the prompts {source} cannot be read: {error}", where="--prompts") from error
+    json_lines = path.suffix in (".jsonl", ".ndjson")
+    prompts = [_json_prompt(path, number, line) if json_lines else Prompt(str(number), "all", line) for number, line in enumerate(lines, 1)]
+    if not prompts:
+        raise InputError("prompt-empty", f"{source} holds no prompts", where="--prompts")
+    return prompts if limit is None else _evenly(prompts, limit)
+
+
+def _json_prompt(path: Path, number: int, line: str) -> Prompt:
+    try:
+        data = json.loads(line)
+        text = data["turns"][0] if "turns" in data else data["prompt"]
+        if not isinstance(text, str) or not text:
+            raise TypeError("the prompt is not a text")
+    except (ValueError, LookupError, TypeError) as error:
+        fix = 'write {"id": 1, "category": "chat", "turns": ["Hello"]}'
+        raise InputError("input-invalid", f"not a prompt: {error or type(error).__name__}", where=f"{path}:{number}", fix=fix) from error
+    return Prompt(str(data.get("id", number)), str(data.get("category", "all")), text)
+
+
+def _evenly(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    if limit < 1:
+        raise InputError("input-invalid", f"--limit {limit} leaves no prompt", where="--limit", fix="give a number above 0")
+    left: dict[str, int] = dict.fromkeys((prompt.category for prompt in prompts), 0)
+    available = {category: sum(prompt.category == category for prompt in prompts) for category in left}
+    while limit and any(left[category] < available[category] for category in left):
+        for category in left:
+            if limit and left[category] < available[category]:
+                left[category] += 1
+                limit -= 1
+    taken: list[Prompt] = []
+    for prompt in prompts:
+        if left[prompt.category]:
+            left[prompt.category] -= 1
+            taken.append(prompt)
+    return taken
+
+
+# ---- the race ----------------------------------------------------------------------------------------------------------------------
+
+
+def race(
+    systems: Sequence[System],
+    prompts: Sequence[list[int]],
+    *,
+    max_new_tokens: int,
+    eos: list[int],
+    warm: list[int],
+    pause: float = PAUSE,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Every system on every prompt (token ids), prompt by prompt, the order rotated by one each time; fills `System.runs`."""
+    for system in systems:
+        system.run(warm, WARM_TOKENS, eos)
+    done, total = 0, len(systems) * len(prompts)
+    for turn, ids in enumerate(prompts):
+        first = turn % len(systems)
+        for system in (*systems[first:], *systems[:first]):
+            time.sleep(pause)
+            system.runs.append(system.run(ids, max_new_tokens, eos))
+            done += 1
+            if progress is not None:
+                progress(done, total)
+
+
+def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, note: Callable[[str], None] = print) -> dict[str, Any]:
+    """Run the benchmark; the result is what `planc bench --json` prints. `note` is told about peers that are skipped."""
+    for name in options.peers:
+        if name not in PEERS:
+            raise unknown_peer(name)
+    names = _names(plans)
+    stored = {name: obtain(plan, options.model, progress=options.progress) for name, plan in zip(names, plans, strict=True)}
+    with ExitStack() as stack:
+        workers = {name: stack.enter_context(Worker(name, OURS, {"artifact": str(item.directory)})) for name, item in stored.items()}
+        loaded = {name: worker.ask("load", seconds=LOAD_SECONDS) for name, worker in workers.items()}
+        about = {name: worker.ask("about") for name, worker in workers.items()}
+        first = workers[names[0]]
+        eos = about[names[0]]["eos"]
+        ids = [first.ask("encode", text=prompt.text, chat=options.chat)["ids"] for prompt in prompts]
+        warm = first.ask("encode", text=WARM_TEXT, chat=options.chat)["ids"]
+        longest = max(map(len, ids)) + options.max_new_tokens
+        peers, versions, skipped = _start_peers(stack, options, longest, note)
+        ours = [System(name, worker, form) for name, worker in workers.items() for form in FORMS]
+        others = [System(name, worker) for name, worker in peers.items()]
+        with _bar("measuring", options.progress) as show:
+            race([*ours, *others], ids, max_new_tokens=options.max_new_tokens, eos=eos, warm=warm, progress=show)
+        scores = _quality(options, first, {**workers, **peers}) if options.quality else {}
+    by_form = {name: {system.form: system.runs for system in ours if system.name == name} for name in names}
+    categories = [prompt.category for prompt in prompts]
+    peer_rows = [{"name": s.name, **summary(s.runs, categories), "version": versions[s.name]["version"]} for s in others]
+    fastest = max(peer_rows, key=lambda row: row["tokens_per_s"], default=None)
+    plan_rows = []
+    for name, plan in zip(names, plans, strict=True):
+        row = {"name": name, "plan": str(plan), **compare(by_form[name], categories), **_facts(about[name], loaded[name], stored[name])}
+        row["ratio_to_fastest_peer"] = round(row["tokens_per_s"] / fastest["tokens_per_s"], 4) if fastest else None
+        plan_rows.append(row)
+    for row in [*plan_rows, *peer_rows]:
+        row.setdefault("load_s", versions.get(row["name"], {}).get("load_s"))
+        row["perplexity"] = scores.get(row["name"], {}).get("perplexity")
+    return {
+        "model": options.model,
+        "prompts": len(prompts),
+        "categories": {name: categories.count(name) for name in dict.fromkeys(categories)},
+        "max_new_tokens": options.max_new_tokens,
+        "plans": plan_rows,
+        "peers": peer_rows,
+        "skipped_peers": skipped,
+        "fastest_peer": fastest and fastest["name"],
+        "ratio_to_fastest_peer": {row["name"]: row["ratio_to_fastest_peer"] for row in plan_rows},
+        "quality": {"file": str(options.quality), "window": quality.WINDOW, **scores} if scores else None,
+        "hardware": hardware(),
+        "threads": threads(),
+        "settings": {"pause_s": PAUSE, "warm_up_tokens": WARM_TOKENS, "decoding": "greedy", "repeats": 1},
+    }
+
+
+def threads() -> int:
+    """Threads that peers are given: every core that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _names(plans: Sequence[Path]) -> list[str]:
+    names: list[str] = []
+    for plan in plans:
+        stem = plan.stem if plan.suffix in (".yaml", ".yml", ".json") else plan.name or str(plan)
+        if stem in names:
+            raise PlanError("input-invalid", f"two plans are called {stem!r}", where=str(plan), fix="rename one of the files, or name it once")
+        names.append(stem)
+    return names
+
+
+def _start_peers(
+    stack: ExitStack, options: Options, longest: int, note: Callable[[str], None]
+) -> tuple[dict[str, Worker], dict[str, dict[str, Any]], dict[str, str]]:
+    """Load every peer, one after another. A peer that is not installed, or cannot take this model, is skipped with a line."""
+    workers: dict[str, Worker] = {}
+    loaded: dict[str, dict[str, Any]] = {}
+    skipped: dict[str, str] = {}
+    if not options.peers:
+        return workers, loaded, skipped
+    from planc.compiler.models import locate
+
+    hf, gguf = locate(options.model)
+    home = cache_dir() / "peers" / hf.name
+    home.mkdir(parents=True, exist_ok=True)
+    config = {"hf": str(hf), "gguf": gguf and str(gguf), "cache": str(home), "threads": threads(), "context": -(-longest // 256) * 256}
+    for name in options.peers:
+        peer = PEERS[name]
+        if peer.gguf and gguf is None:
+            skipped[name] = "it reads GGUF files, and the model is not one"
+        else:
+            worker = stack.enter_context(Worker(name, peer.file, config, python=options.peer_python, install=peer.install))
+            try:
+                loaded[name] = worker.ask("load", seconds=LOAD_SECONDS)
+                workers[name] = worker
+            except PeerMissing as error:
+                skipped[name] = f"{error.message}; {error.fix}"
+            except PeerError as error:
+                skipped[name] = f"{error.message}\n         {error.where or ''}".rstrip()
+        if name in skipped:
+            note(f"skipping {name}: {skipped[name]}")
+    return workers, loaded, skipped
+
+
+def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:
+    """Perplexity of every system on the same windows; null where a system hands out no logits."""
+    assert options.quality is not None
+    windows = quality.read_windows(options.quality, lambda text: encoder.ask("encode", text=text, chat=False)["ids"], tokens=options.quality_tokens)
+    scores: dict[str, dict[str, Any]] = {}
+    with _bar("perplexity", options.progress) as show:
+        for index, (name, worker) in enumerate(workers.items()):
+            answers: list[dict[str, Any]] = []
+            for window in windows:
+                answers.append(worker.ask("nll", ids=window))
+                show(index * len(windows) + len(answers), len(workers) * len(windows))
+                if answers[-1]["nll"] is None:
+                    break
+            known = all(answer["nll"] is not None for answer in answers)
+            tokens = sum(answer["tokens"] for answer in answers)
+            value = round(quality.perplexity(sum(a["nll"] for a in answers), tokens), 4) if known else None
+            scores[name] = {"perplexity": value, "tokens": tokens if known else 0}
+    return scores
+
+
+# ---- what the runs say -------------------------------------------------------------------------------------------------------------
+
+
+def speed(runs: Sequence[Run]) -> float:
+    """Tokens per second over all runs: all tokens by all seconds."""
+    return sum(len(run.ids) for run in runs) / max(sum(run.seconds for run in runs), 1e-9)
+
+
+def summary(runs: Sequence[Run], categories: Sequence[str]) -> dict[str, Any]:
+    """Fields that every system has."""
+    ttft = [run.ttft_ms for run in runs if run.ttft_ms is not None]
+    passes = [run for run in runs if run.tokens_per_pass is not None and run.passes]
+    host = [run.host_ms_per_step for run in runs if run.host_ms_per_step is not None]
+    return {
+        "tokens_per_s": round(speed(runs), 2),
+        "tokens_per_s_median": round(statistics.median(run.speed for run in runs), 2),
+        "tokens_per_pass": round(_per_pass(passes), 4) if passes else None,
+        "tokens": sum(len(run.ids) for run in runs),
+        "prompts": len(runs),
+        "ttft_ms": round(statistics.median(ttft), 2) if ttft else None,
+        "peak_rss_mb": max(run.peak_rss_mb for run in runs),
+        "host_ms_per_step": round(statistics.fmean(host), 4) if host else None,
+        "categories": {
+            name: {"tokens_per_s": round(speed([r for r, c in zip(runs, categories, strict=True) if c == name]), 2)} for name in dict.fromkeys(categories)
+        },
+    }
+
+
+def _per_pass(runs: Sequence[Run]) -> float:
+    """Tokens that a decoding pass committed on average over all runs."""
+    passes = sum(run.passes or 0 for run in runs)
+    return sum((run.tokens_per_pass or 0.0) * (run.passes or 0) for run in runs) / passes
+
+
+def compare(forms: dict[str | None, list[Run]], categories: Sequence[str]) -> dict[str, Any]:
+    """A plan against its plain forms: equal tokens with the one of the same minimum of rows, speed with the fastest one."""
+    plan, plain = forms["plan"], forms["plain"]
+    fastest = max((name for name in forms if name != "plan"), key=lambda name: speed(forms[name]))
+    reference = forms[fastest]
+    result = summary(plan, categories)
+    different = [index for index, (a, b) in enumerate(zip(plan, plain, strict=True)) if a.ids != b.ids]
+    result |= {
+        "identical": len(plan) - len(different),
+        "different": different,
+        "plain": fastest,
+        "plain_tokens_per_s": round(speed(reference), 2),
+        "plain_same_rows_tokens_per_s": round(speed(plain), 2),
+        "ratio": round(speed(plan) / speed(reference), 4),
+        "ratio_median": round(statistics.median(a.speed / max(b.speed, 1e-9) for a, b in zip(plan, reference, strict=True)), 4),
+    }
+    for name, entry in result["categories"].items():
+        pairs = [(a, b) for a, b, c in zip(plan, reference, categories, strict=True) if c == name]
+        ours, theirs = [a for a, _ in pairs], [b for _, b in pairs]
+        passes = [run for run in ours if run.tokens_per_pass is not None and run.passes]
+        entry["ratio"] = round(speed(ours) / speed(theirs), 4)
+        entry["tokens_per_pass"] = round(_per_pass(passes), 4) if passes else None
+        entry["prompts"] = len(pairs)
+    return result
+
+
+def _facts(about: dict[str, Any], loaded: dict[str, Any], stored: Stored) -> dict[str, Any]:
+    return {
+        "exactness": about["exactness"],
+        "exactness_line": about["exactness_line"],
+        "min_rows": about["min_rows"],
+        "bytes": about["bytes"],
+        "torch_imported": about["torch"],
+        "version": loaded["version"],
+        "load_s": loaded["load_s"],
+        "compile_s": stored.compile_s,
+        "artifact": str(stored.directory),
+    }
+
+
+# ---- for people --------------------------------------------------------------------------------------------------------------------
+
+
+def table(result: dict[str, Any]) -> Any:
+    """The result as a rich table."""
+    from rich.table import Table
+
+    columns = ["tokens/s", "tokens/pass", "vs plain", "vs fastest peer", "identical", "exactness", "first token ms", "peak MB"]
+    shown = Table("system", title=f"{result['model']}, {result['prompts']} prompts x {result['max_new_tokens']} tokens", title_justify="left")
+    for name in [*columns, *(["perplexity"] if result["quality"] else [])]:
+        shown.add_column(name, justify="right")
+    peer = next((row for row in result["peers"] if row["name"] == result["fastest_peer"]), None)
+    for row in [*result["plans"], *result["peers"]]:
+        ours = "plan" in row
+        cells = [
+            f"{row['tokens_per_s']:.1f}",
+            _cell(row["tokens_per_pass"], ".2f"),
+            f"{row['ratio']:.2f}x" if ours else "",
+            f"{row['tokens_per_s'] / peer['tokens_per_s']:.2f}x" if peer else "",
+            f"{row['identical']}/{row['prompts']}" if ours else "",
+            str(row.get("exactness") or ""),
+            _cell(row["ttft_ms"], ".0f"),
+            f"{row['peak_rss_mb']:.0f}",
+        ]
+        shown.add_row(row["name"], *cells, *([_cell(row["perplexity"], ".2f")] if result["quality"] else []))
+    return shown
+
+
+def category_table(result: dict[str, Any]) -> Any:
+    """Tokens per second by category, with each plan's ratio to plain."""
+    from rich.table import Table
+
+    shown = Table("tokens/s (vs plain)")
+    for name in result["categories"]:
+        shown.add_column(name, justify="right")
+    for row in [*result["plans"], *result["peers"]]:
+        cells = [f"{e['tokens_per_s']:.1f}" + (f" ({e['ratio']:.2f}x)" if "ratio" in e else "") for e in row["categories"].values()]
+        shown.add_row(row["name"], *cells)
+    return shown
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _bar(title: str, wanted: bool) -> Any:
+    from rich.console import Console
+
+    from planc.runtime.profile import progress_bar
+
+    return _Bar(progress_bar(title, Console(stderr=True, quiet=not wanted)))
+
+
+class _Bar:
+    """`runtime.profile.progress_bar` with counts instead of percent."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        show = self._inner.__enter__()
+        return lambda done, total: show(100 * done // max(1, total), 100)
+
+    def __exit__(self, *error: Any) -> None:
+        self._inner.__exit__(*error)
+
+
+def save(result: dict[str, Any], output: Path) -> None:
+    """Write the result as JSON, complete or not at all."""
+    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        os.replace(partial, output)
+    except OSError as error:
+        raise InputError("input-invalid", f"{output} cannot be written: {error.strerror}", where="--output") from error
+    finally:
+        partial.unlink(missing_ok=True)

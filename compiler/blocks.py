@@ -1,0 +1,68 @@
+"""Decoder layers of a program: found by the module path around each attention, confirmed by the hidden state that goes in and comes out."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.fx import Node
+
+from planc.compiler.dialect import OPS
+from planc.compiler.program import Block, Program
+from planc.runtime.errors import CompileError
+
+ATTENTIONS = (OPS.attention.default, OPS.cached_attention.default)
+
+
+def module_paths(node: Node) -> Iterator[str]:
+    """Paths of the modules around the node, outermost first, without the wrapper's own name."""
+    for path, _ in (node.meta.get("nn_module_stack") or {}).values():
+        if path:
+            yield str(path).removeprefix("model.") if str(path).startswith("model.model.") else str(path)
+
+
+def layer_path(node: Node) -> str:
+    """Module path of the decoder layer that the node belongs to, e.g. model.layers.3, or empty."""
+    for path in module_paths(node):
+        if match := re.match(r"^(.*?\.\d+)$", path):
+            return match[1]
+    return ""
+
+
+def find_blocks(program: Program) -> tuple[Block, ...]:
+    """The decoder layers in order of execution.
+
+    Raises CompileError[raise-missing] naming the layer whose entry or exit is not one hidden state.
+    """
+    members: dict[str, list[Node]] = {}
+    layers = dict.fromkeys(layer_path(n) for n in program.main.nodes if n.target in ATTENTIONS)
+    for node in program.main.nodes:
+        if (path := layer_path(node)) in layers and node.op == "call_function":
+            members.setdefault(path, []).append(node)
+    blocks = []
+    for path in layers:
+        if not path:
+            raise CompileError("raise-missing", "an attention is not inside a numbered layer", fix="put the layers into an nn.ModuleList")
+        blocks.append(_block(path, members[path]))
+    return tuple(blocks)
+
+
+def _block(path: str, nodes: list[Node]) -> Block:
+    inside = set(nodes)
+    exits = [n for n in nodes if any(u not in inside for u in n.users) and isinstance(n.meta.get("val"), Tensor) and not _is_state(n)]
+    if len(exits) != 1:
+        names = ", ".join(n.name for n in exits) or "none"
+        raise CompileError("raise-missing", f"layer {path} should hand on one hidden state, but hands on: {names}", node=path)
+    shape = exits[0].meta["val"].shape
+    readers = [a for n in nodes for a in n.all_input_nodes if a not in inside and a.op == "call_function"]
+    entries = dict.fromkeys(a for a in readers if isinstance(a.meta.get("val"), Tensor) and a.meta["val"].shape == shape)
+    if len(entries) != 1:
+        names = ", ".join(n.name for n in entries) or "none"
+        raise CompileError("raise-missing", f"layer {path} should read one hidden state, but reads: {names}", node=path)
+    return Block(int(path.rsplit(".", 1)[1]), path, next(iter(entries)).name, exits[0].name)
+
+
+def _is_state(node: Node) -> bool:
+    return node.target is operator.getitem and node.args[0].target is OPS.cached_attention.default and node.args[1] != 0  # type: ignore[union-attr]

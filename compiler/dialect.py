@@ -1,0 +1,197 @@
+"""The dialect: the few high-level operations that planc adds to ATen. Each has shapes, a torch reference and a fake kernel.
+
+Letters: B batch, R rows of this pass, H heads, G key/value heads, D head width, C cache slots, T keys that a mask covers, K inputs, N outputs.
+Everything a backend must know stands in the arguments; the torch code below is the meaning that every backend is tested against.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NAMESPACE = "planc"
+MASKED = torch.finfo(torch.float32).min
+
+
+def _op(name: str, fake) -> object:  # type: ignore[no-untyped-def]
+    def register(function):  # type: ignore[no-untyped-def]
+        op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
+        op.register_fake(fake)
+        return op
+
+    return register
+
+
+def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
+    group = q.shape[2] // k.shape[2]
+    keys = k.transpose(1, 2).repeat_interleave(group, dim=1)  # [B, H, T, D]
+    scores = torch.matmul(q.transpose(1, 2), keys.transpose(2, 3)) * scale  # [B, H, R, T]
+    return torch.tanh(scores / softcap) * softcap if softcap else scores
+
+
+def _mix(scores: Tensor, v: Tensor, group: int) -> Tensor:
+    values = v.transpose(1, 2).repeat_interleave(group, dim=1)
+    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
+    return torch.matmul(weights, values).transpose(1, 2).contiguous()  # [B, R, H, D]
+
+
+@_op("attention", lambda q, k, v, bias, scale, causal, window, softcap: q.new_empty((*q.shape[:3], v.shape[3])))
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, causal: bool, window: int, softcap: float) -> Tensor:
+    """Attention without cache. q [B,R,H,D], k and v [B,T,G,D] -> [B,R,H,D]. `bias` [B|1,H|1,R,T] is added; `window` 0 means unlimited."""
+    scores = _scores(q, k, scale, softcap)
+    if bias is not None:
+        scores = scores + bias
+    rows, keys = torch.arange(q.shape[1])[:, None], torch.arange(k.shape[1])[None]
+    hidden = torch.zeros(q.shape[1], k.shape[1], dtype=torch.bool)
+    if causal:
+        hidden = hidden | (keys > rows)
+    if window:
+        hidden = hidden | (keys <= rows - window)
+    return _mix(scores.masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
+
+
+@_op(
+    "cached_attention",
+    lambda q, k, v, past_k, past_v, lengths, bias, scale, window, softcap: (
+        q.new_empty((*q.shape[:3], v.shape[3])),
+        torch.empty_like(past_k),
+        torch.empty_like(past_v),
+    ),
+)
+def cached_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    lengths: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Causal attention over a cache. q [B,R,H,D], k and v [B,R,G,D], past [B,G,C,D], lengths [B] int64 -> ([B,R,H,D], new past k, new past v).
+
+    Row r of sequence b is written to slot lengths[b] + r and sees slots 0 .. lengths[b] + r, less what `bias` [B|1,1,R,T] hides (T >= longest
+    length + R); with a window, only the last `window` of them. Where a bias is given it carries the window, in positions.
+    """
+    rows, capacity = q.shape[1], past_k.shape[2]
+    slots = lengths[:, None] + torch.arange(rows, device=q.device)  # [B, R]
+    index = slots[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
+    keys = past_k.scatter(2, index, k.transpose(1, 2))
+    values = past_v.scatter(2, slots[:, None, :, None].expand(-1, v.shape[2], -1, v.shape[3]), v.transpose(1, 2))
+    total = int(lengths.max()) + rows
+    seen = torch.arange(total, device=q.device)[None, None]
+    hidden = seen > slots[:, :, None]  # [B, R, T]
+    if window and bias is None:
+        hidden = hidden | (seen <= slots[:, :, None] - window)
+    scores = _scores(q, keys[:, :, :total].transpose(1, 2), scale, softcap)
+    if bias is not None:
+        scores = scores + bias[..., :total]
+    assert total <= capacity
+    out = _mix(scores.masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
+    return out, keys, values
+
+
+@_op("rms_norm", lambda x, weight, eps: torch.empty_like(x))
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x [..., K] / root mean square * weight [K], computed in float32."""
+    wide = x.float()
+    return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
+
+
+@_op("rope_table", lambda positions, inv_freq, scaling: (_table(positions, inv_freq), _table(positions, inv_freq)))
+def rope_table(positions: Tensor, inv_freq: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+    """Rotary tables. positions [B,R] int64, inv_freq [D/2] -> cos, sin [B,R,D/2] float32, times `scaling`."""
+    angles = positions[:, :, None].float() * inv_freq.float()
+    return angles.cos() * scaling, angles.sin() * scaling
+
+
+def _table(positions: Tensor, inv_freq: Tensor) -> Tensor:
+    return positions.new_empty((*positions.shape, inv_freq.shape[0]), dtype=torch.float32)
+
+
+@_op("rope", lambda x, cos, sin: torch.empty_like(x))
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.shape[-1] channels of x [B,R,H,D] in halves (not interleaved); cos, sin [B,R,D'/2]."""
+    cos, sin = torch.cat((cos, cos), -1).to(x.dtype)[:, :, None], torch.cat((sin, sin), -1).to(x.dtype)[:, :, None]
+    turned, kept = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    low, high = turned.chunk(2, -1)
+    return torch.cat((turned * cos + torch.cat((-high, low), -1) * sin, kept), -1)
+
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+@_op("glu", lambda gate, up, activation: torch.empty_like(up))
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """Gated MLP product: activation(gate) * up, both [..., K]."""
+    return ACTIVATIONS[activation](gate) * up
+
+
+def _linear_fake(x: Tensor, outputs: int) -> Tensor:
+    return x.new_empty((*x.shape[:-1], outputs))
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Symmetric int8 with one scale per row: x [..., K] -> values -127..127 (kept in float32), scale [..., 1]. An all-zero row gets scale 1/127."""
+    peak = x.abs().amax(-1, keepdim=True)
+    scale = torch.where(peak > 0, peak, torch.ones_like(peak)) / 127.0
+    return torch.round(x / scale), scale
+
+
+@_op("linear_int8", lambda x, weight, scale, bias: _linear_fake(x, weight.shape[0]))
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x [..., K] quantised per row times weight [N,K] int8 with one scale [N] per output; products and sums are exact integers."""
+    values, row_scale = quantize_rows(x.float())
+    sums = torch.matmul(values.double(), weight.double().t()).float()
+    out = sums * (row_scale * scale)
+    return (out if bias is None else out + bias).to(x.dtype)
+
+
+def unpack_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int, inputs: int) -> Tensor:
+    """Weights [N,K] float32 of the MatMulNBits layout: packed [N, K/block, block*bits/8] uint8, low nibble first; scales [N, K/block];
+    zeros [N, K/block] float (in steps; default 2^(bits-1))."""
+    outputs = packed.shape[0]
+    if bits == 4:
+        values = torch.stack((packed & 15, packed >> 4), -1).reshape(outputs, -1, block)
+    else:
+        values = packed.reshape(outputs, -1, block)
+    zero = float(2 ** (bits - 1)) if zeros is None else zeros[:, :, None].float()
+    return ((values.float() - zero) * scales[:, :, None].float()).reshape(outputs, -1)[:, :inputs]
+
+
+@_op("linear_blocks", lambda x, packed, scales, zeros, bias, bits, block: _linear_fake(x, packed.shape[0]))
+def linear_blocks(
+    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, block: int
+) -> Tensor:
+    """x [..., K] times block-quantised weights (see `unpack_blocks`). The reference keeps activations in float; a backend may round them to
+    int8 per block, which is why a program with this op is compared within a bound."""
+    out = torch.matmul(x, unpack_blocks(packed, scales, zeros, bits, block, x.shape[-1]).t().to(x.dtype))
+    return out if bias is None else out + bias
+
+
+@_op("embedding_int8", lambda table, scale, ids: scale.new_empty((*ids.shape, table.shape[1])))
+def embedding_int8(table: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
+    """Rows of an int8 table [V,K] with one scale [V] per row, for ids [B,R] -> [B,R,K] float32."""
+    return table[ids].float() * scale[ids][..., None]
+
+
+def _rows_fake(x: Tensor, start: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], torch.library.get_ctx().new_dynamic_size(), *x.shape[2:]))
+
+
+@_op("rows_from", _rows_fake)
+def rows_from(x: Tensor, start: Tensor) -> Tensor:
+    """Rows start .. R-1 of x [B,R,K]; start [1] int64. Keeps the head from computing logits that nobody reads."""
+    return x[:, int(start) :].clone()
+
+
+OPS = torch.ops.planc
+LINEARS = (torch.ops.aten.linear.default, OPS.linear_int8.default, OPS.linear_blocks.default)  # dense products; x is the first argument

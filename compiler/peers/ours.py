@@ -1,0 +1,66 @@
+"""An artifact of planc as a system to measure: the plan, and its plain forms on the same engine."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+
+class System:
+    """`config`: `artifact` directory, `threads` or null for the plan's own number.
+
+    Forms: `plan`; `plain` (no speculation, the same minimum of rows: the reference for equal tokens); `plain_one_row` (no speculation, no minimum).
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        import planc
+        from planc.runtime.executable import Executable
+
+        self.version = planc.__version__
+        exe = planc.load(config["artifact"], threads=config.get("threads"))
+        plain = exe.plain()
+        one_row = plain.decode.model_copy(update={"min_rows": 1})
+        self.forms = {
+            "plan": exe,
+            "plain": plain,
+            "plain_one_row": Executable(exe.engine, exe.text, one_row, exe.contract, exe.manifest, exe.directory),
+        }
+        self.commands = {"about": self.about, "encode": self.encode}
+
+    def about(self) -> dict[str, Any]:
+        exe = self.forms["plan"]
+        report = exe.report()
+        return {
+            "eos": list(exe.eos_ids),
+            "exactness": report["exactness"],
+            "exactness_line": report["exactness_line"],
+            "min_rows": exe.min_rows,
+            "speculative": exe.decode.speculative is not None,
+            "torch": "torch" in sys.modules,
+            "bytes": report.get("bytes"),
+        }
+
+    def encode(self, text: str, chat: bool | None) -> dict[str, Any]:
+        from planc.runtime.prompts import read_prompts
+
+        return {"ids": read_prompts(self.forms["plan"].text, text, chat)[0][0]}
+
+    def generate(self, ids: list[int], max_new_tokens: int, eos: list[int], form: str = "plan") -> dict[str, Any]:
+        import time
+
+        start = time.perf_counter()
+        answer = self.forms[form].generate(ids, max_new_tokens=max_new_tokens, temperature=0.0, stop=())
+        assert not isinstance(answer, list)
+        stats = answer.stats
+        return {
+            "ids": answer.ids,
+            "first": start + stats.ttft_ms / 1000,
+            "passes": stats.passes,
+            "tokens_per_pass": stats.tokens_per_pass,
+            "host_ms_per_step": stats.host_ms_per_pass,
+        }
+
+    def nll(self, ids: list[int]) -> float:
+        from planc.compiler.quality import window_nll
+
+        return window_nll(self.forms["plan"].engine, ids, self.forms["plan"].min_rows)

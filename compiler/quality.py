@@ -1,0 +1,62 @@
+"""Quality of a compiled model: perplexity on a text, in windows, through the engine that also decodes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from planc.runtime.engine import Engine, Floats, Step
+from planc.runtime.errors import InputError
+
+WINDOW = 1024  #: tokens that are scored together; the first of a window is only read
+TOKENS = 20_000  #: of the text, by default
+CHUNK = 128  #: rows per pass: the logits of a window at once would take hundreds of megabytes
+
+
+def read_windows(file: Path, encode: Callable[[str], Sequence[int]], *, tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
+    """The first `tokens` tokens of a text in windows of `window`; a last window of fewer than two tokens is dropped."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError("input-invalid", f"the text {file} cannot be read: {error}", where="--quality") from error
+    # only as much text as can be needed is tokenised: no token is longer than 16 characters on average
+    ids = list(encode(text[: tokens * 16]))[:tokens]
+    windows = [ids[start : start + window] for start in range(0, len(ids), window)]
+    windows = [part for part in windows if len(part) > 1]
+    if not windows:
+        raise InputError("input-invalid", f"the text {file} has fewer than two tokens", where="--quality")
+    return windows
+
+
+def nll_of(logits: Floats, targets: Sequence[int]) -> float:
+    """Summed negative log-likelihood in nats of `targets` [R] under `logits` [R, V], in float64."""
+    rows = logits.astype(np.float64)  # [R, V]
+    peak = rows.max(axis=1)
+    total = peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1))
+    return float((total - rows[np.arange(len(targets)), np.asarray(targets)]).sum())
+
+
+def window_nll(engine: Engine, ids: Sequence[int], min_rows: int = 1, *, chunk: int = CHUNK) -> float:
+    """Summed negative log-likelihood of `ids[1:]`, each given all ids before it, in passes of at most `chunk` rows and at least `min_rows`."""
+    rows = len(ids) - 1
+    starts = list(range(0, rows, chunk))
+    if len(starts) > 1 and rows - starts[-1] < min_rows:
+        starts.pop()  # the rest joins the pass before: kernels of narrow passes round differently
+    cache = engine.new_cache(1, rows + min_rows)
+    total = 0.0
+    for start, end in zip(starts, [*starts[1:], rows], strict=True):
+        part = list(ids[start:end])
+        padded = part + part[-1:] * (min_rows - len(part))
+        outputs = engine.forward(cache, Step(np.array([padded], dtype=np.int64)), logits=True)
+        assert outputs.logits is not None
+        total += nll_of(outputs.logits[0, : len(part)], ids[start + 1 : end + 1])
+        cache.keep(0, np.arange(len(part), dtype=np.int64))
+    return total
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """exp of the mean negative log-likelihood."""
+    return math.exp(nll / tokens)

@@ -1,0 +1,171 @@
+"""How much to draft, decided every round from measured cost and learned acceptance rates (papers/A0 section 12).
+
+A pass over 1 + n rows costs c(1 + n) and commits 1 + sum of P(accepted) tokens on average; the controller takes the n, tree or chain, with
+the most tokens per millisecond. n = 0, plain decoding, is always among the choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import accumulate
+from typing import Protocol, runtime_checkable
+
+from planc.runtime.decode import Tree
+from planc.runtime.trees import Draft, Rates
+
+_MOST = 32  # guesses per pass that `budget: auto` considers
+_PAST_STEP = 128  # cost is looked up at multiples of this past length
+_WINDOW = 32  # rounds between two checks of the realised gain
+_PAUSE = 64  # rounds without speculation after the first failed check; doubles with every further one
+_EXPLORE = 24  # plain rounds before speculation is tried again regardless; doubles up to 16 times this
+_EXPLORE_ROWS = 4
+_TRUST = 8  # wide passes before a plain one is made to measure it; doubles up to 32 times this
+_OUTLIER = 2.0  # a pass slower than this times its usual cost was disturbed from outside; it counts as this much
+_MARGIN = 0.01  # realised rate below plain that is still noise
+
+
+@runtime_checkable
+class CostTable(Protocol):
+    """Measured cost of a pass."""
+
+    def ms(self, rows: int, past: int, batch: int) -> float:
+        """Milliseconds of a pass with `rows` rows for each of `batch` sequences that have `past` tokens in the cache."""
+
+
+Cost = CostTable | Callable[[int, int], float]  # the callable takes (rows of all sequences, past)
+
+
+def linear_cost(rows: int, past: int) -> float:
+    """Stand-in when nothing was measured: one row more costs a twentieth of a pass."""
+    return 1.0 + 0.05 * (rows - 1)
+
+
+class Controller:
+    """Chooses what is verified. Keep it between requests: what it has learned stays useful."""
+
+    def __init__(self, tree: Tree | None = None, cost: Cost = linear_cost) -> None:
+        self.tree = tree if tree is not None else Tree()
+        self.rates = Rates()
+        self._cost = cost
+        self._costs: dict[tuple[int, int], list[float]] = {}  # (past step, batch) -> cost of 0, 1, 2 .. rows
+        self._typical = 8.0  # guesses taken lately
+        self._plain_rounds, self._patience = 0, _EXPLORE
+        self._pause, self._strikes = 0, 0
+        self._scale: dict[bool, float] = {}  # measured over tabled milliseconds of wide and of plain passes, running means
+        self._wide_rounds, self._trust = 0, _TRUST
+        self._rounds, self._spent, self._plain = 0, 0.0, 0.0  # this window: rounds, ms, tabled ms of plain decoding for the same tokens
+
+    @property
+    def budget(self) -> int:
+        """Guesses that are worth proposing this round; drafting more than what may be taken is wasted host time."""
+        if self.tree.budget != "auto":
+            return self.tree.budget
+        return min(_MOST, 4 + 2 * round(self._typical))
+
+    def select(
+        self,
+        drafts: Sequence[Draft],
+        lengths: Sequence[int],
+        room: int,
+        batch: int = 1,
+        *,
+        min_rows: int = 1,
+        trees: bool = True,
+        block: int | None = None,
+    ) -> list[Draft]:
+        """Cut every draft to what this pass shall verify.
+
+        `lengths` are the committed slots of the sequences, `room` the rows that fit into the cache, `batch` the sequences of the pass,
+        those that are finished included. Siblings are taken if the plan says `tree`,
+        or leaves the shape open and `trees` allows them; a step with siblings ends before the next multiple of `block` slots, a chain may
+        cross it. All sequences get the same n, because the pass is as wide as its widest draft.
+        """
+        most = max(0, min(room, max(len(draft) for draft in drafts)) - 1)
+        reaches = [draft.reach() for draft in drafts]
+        choices: list[tuple[list[list[int]], int]] = []  # per draft the rows in the order of adding them; how many fit
+        if self.tree.shape == "tree" or (self.tree.shape == "auto" and trees):
+            fits = room if block is None else min(block - length % block for length in lengths)
+            if fits >= min_rows:
+                choices.append(([draft.ranking(reach) for draft, reach in zip(drafts, reaches, strict=True)], min(most, fits - 1)))
+        if not choices or choices[0][1] < most:
+            choices.append(([draft.best_path(reach) for draft, reach in zip(drafts, reaches, strict=True)], most))
+        costs = self._table(max(lengths), batch, max(most + 1, min_rows))
+        low, high = self._span(most, min_rows)
+        best, best_n, best_rate = choices[0][0], 0, -1.0
+        for orders, limit in choices:
+            gains = _gains(orders, reaches, limit)  # expected tokens of the pass for n = 0 ..
+            for n in range(min(low, len(gains) - 1), min(high, len(gains) - 1) + 1):
+                rate = gains[n] / costs[max(n + 1, min_rows)]
+                if rate > best_rate:
+                    best, best_n, best_rate = orders, n, rate
+        self._typical += 0.1 * (best_n - self._typical)
+        return [draft.take(order[:best_n]) for draft, order in zip(drafts, best, strict=True)]
+
+    def observe(self, rows: int, past: int, batch: int, tokens: float, ms: float, *, min_rows: int = 1) -> None:
+        """Account for a pass of `rows` rows that committed `tokens` tokens per unfinished sequence and took `ms` milliseconds.
+
+        After every window of rounds the realised rate is held against plain decoding, whose cost is the table's, corrected by the plain
+        passes seen. A rate below it means that costs or estimates are wrong: speculation pauses, longer every time.
+        """
+        plain_ms = self._table(past, batch, min_rows)[min_rows]
+        wide, tabled = rows > min_rows, self._table(past, batch, rows)[rows]
+        usual = self._scale.setdefault(wide, ms / tabled)
+        ms = min(ms, _OUTLIER * usual * tabled)
+        self._scale[wide] = usual + 0.1 * (ms / tabled - usual)
+        if wide:
+            self._plain_rounds, self._wide_rounds = 0, self._wide_rounds + 1
+        else:
+            self._plain_rounds, self._wide_rounds = self._plain_rounds + 1, 0
+        if self._pause:
+            self._pause -= 1
+            return
+        if False not in self._scale:  # no plain pass to compare with yet
+            return
+        self._rounds += 1
+        self._spent += ms
+        self._plain += plain_ms * tokens
+        if self._rounds < _WINDOW:
+            return
+        if self._plain * self._scale[False] < (1.0 - _MARGIN) * self._spent:
+            self._pause = _PAUSE << self._strikes
+            self._strikes = min(self._strikes + 1, 4)
+            self._trust = _TRUST
+        else:
+            self._strikes = max(self._strikes - 1, 0)
+        self._rounds, self._spent, self._plain = 0, 0.0, 0.0
+
+    def _span(self, most: int, min_rows: int) -> tuple[int, int]:
+        """Fewest and most guesses to consider. Up to `min_rows` - 1 guesses cost nothing: their rows would be padding otherwise."""
+        if self.tree.budget != "auto":
+            return self.tree.budget, self.tree.budget
+        if self._pause:
+            return 0, min_rows - 1
+        if self._wide_rounds >= self._trust:
+            self._trust = min(2 * self._trust, 32 * _TRUST)
+            return 0, min_rows - 1
+        if self._plain_rounds >= self._patience:
+            self._patience = min(2 * self._patience, 16 * _EXPLORE)
+            return min(_EXPLORE_ROWS, most), most
+        if not self._plain_rounds:
+            self._patience = max(_EXPLORE, self._patience // 2)
+        return 0, most
+
+    def _table(self, past: int, batch: int, rows: int) -> list[float]:
+        """Cost by number of rows, at least up to `rows`; entry 0 is never used."""
+        costs = self._costs.setdefault((past // _PAST_STEP, batch), [float("inf")])
+        while len(costs) <= rows:
+            costs.append(self._ms(len(costs), past // _PAST_STEP * _PAST_STEP, batch))
+        return costs
+
+    def _ms(self, rows: int, past: int, batch: int) -> float:
+        cost = self._cost
+        if isinstance(cost, CostTable):
+            return cost.ms(rows, past, batch)
+        return cost(rows * batch, past)
+
+
+def _gains(orders: Sequence[Sequence[int]], reaches: Sequence[Sequence[float]], limit: int) -> list[float]:
+    """Expected tokens of a pass for n = 0 .. limit guesses per sequence; a sequence that has fewer adds no more."""
+    sums = [list(accumulate((reach[row] for row in order[:limit]), initial=1.0)) for order, reach in zip(orders, reaches, strict=True)]
+    longest = max(len(gains) for gains in sums)
+    return [sum(gains[min(n, len(gains) - 1)] for gains in sums) for n in range(longest)]

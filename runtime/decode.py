@@ -1,0 +1,67 @@
+"""The `decode:` section of a plan."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from planc.runtime.drafters import DrafterPart
+from planc.runtime.registry import item_of
+
+if TYPE_CHECKING:
+    DrafterItem = DrafterPart
+else:
+    DrafterItem = item_of("drafter")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _as_names(value: Any) -> Any:
+    return [value] if isinstance(value, str) else value
+
+
+class Sampling(_Section):
+    """How a token is drawn. The text is a function of the prompt, these values and nothing else."""
+
+    temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
+    top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
+    top_p: float = Field(1.0, gt=0.0, le=1.0, description="keep the fewest likeliest tokens that reach this probability")
+    min_p: float = Field(0.0, ge=0.0, le=1.0, description="drop tokens below this share of the likeliest one's probability")
+    repetition_penalty: float = Field(
+        1.0, gt=0.0, allow_inf_nan=False, description="above 1 discourages tokens that already occur; 1 is off"
+    )
+    seed: int = Field(0, ge=0, lt=2**64)
+
+
+class Tree(_Section):
+    """How much is drafted per pass, and in what shape."""
+
+    shape: Literal["auto", "chain", "tree"] = Field("auto", description="auto: trees where they keep the promised exactness")
+    budget: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", description="draft rows per pass; auto decides by measured cost")
+    depth: int = Field(12, ge=1, le=256, description="no guess is further ahead than this")
+
+
+class Speculative(_Section):
+    """Draft and verify: several tokens per pass, the same text."""
+
+    drafter: Annotated[tuple[DrafterItem, ...], BeforeValidator(_as_list), Field(min_length=1)]
+    tree: Tree = Tree()
+
+
+class Decode(_Section):
+    """How text is generated."""
+
+    max_new_tokens: int = Field(256, ge=1)
+    min_rows: Literal["auto"] | Annotated[int, Field(ge=1)] = Field("auto", description="rows that every pass has at least")
+    sampling: Sampling = Sampling()
+    stop: Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_as_names)] = Field(
+        (), description="texts that end generation"
+    )
+    speculative: Speculative | None = None

@@ -1,0 +1,9 @@
+"""Drafters: one file each. Importing this package registers them under the plan kind `drafter`."""
+
+from __future__ import annotations
+
+from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Verified
+from planc.runtime.drafters.prompt_lookup import PromptLookup
+from planc.runtime.drafters.token_recycling import TokenRecycling
+
+__all__ = ["Context", "Drafter", "DrafterPart", "PromptLookup", "TokenRecycling", "Verified"]

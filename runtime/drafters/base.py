@@ -1,0 +1,66 @@
+"""What a drafter is: a plan part that builds a runtime object with `propose` and `update`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+from numpy.typing import NDArray
+
+from planc.runtime.engine import Ints
+from planc.runtime.registry import PlanPart
+from planc.runtime.trees import Draft
+
+
+@dataclass(slots=True)
+class Context:
+    """What a drafter may look at, for one sequence and round."""
+
+    sequence: int  # row of the batch
+    tokens: list[int]  # committed text, prompt included; the last one is pending. Read only
+    budget: int  # guesses that are worth adding; more are not looked at
+    depth: int  # deepest useful guess
+
+
+@dataclass(slots=True)
+class Verified:
+    """What one pass showed about one sequence. After prefill the rows are prompt tokens and all of them are accepted."""
+
+    sequence: int
+    tokens: list[int]  # [R] token of each row, without padding
+    depths: list[int]  # [R]
+    rows: list[int]  # rows that are now committed, ascending
+    chosen: list[int]  # the token committed after each of `rows`
+    top_ids: Ints | None = None  # [R, K] likeliest successors of every row, rejected ones too; a view
+    taps: dict[str, NDArray[Any]] = field(default_factory=dict)  # name -> [R, ...]; views
+
+
+class Drafter(Protocol):
+    """Guesses text. May be shared by all sequences of a batch; must never affect what is committed, only how fast."""
+
+    prompt_rows: int  # how many of the last prompt rows it wants in `update` with `top_ids`; 0 for none
+    top_k: int  # width of `top_ids` that it uses; 0 when it needs none
+
+    def start(self, sequence: int) -> None:
+        """A new text begins in this row of the batch."""
+
+    def propose(self, context: Context, draft: Draft) -> None:
+        """Add guesses to `draft`, below its root or below guesses of the drafters before."""
+
+    def update(self, verified: Verified) -> None:
+        """Learn from a pass."""
+
+
+class DrafterPart(PlanPart):
+    """A drafter as the plan names it."""
+
+    kind: ClassVar[str] = "drafter"
+
+    @property
+    def needs_top_k(self) -> int:
+        """Width of the top-k output that the graph must have; 0 for none."""
+        return 0
+
+    def build(self, vocab_size: int) -> Drafter:
+        """The runtime object."""
+        raise NotImplementedError(type(self).__name__)

@@ -1,0 +1,80 @@
+"""The engine contract: what a backend offers to the decoding loops. numpy in, numpy out.
+
+Glossary. B sequences in a batch; R rows of a step; V vocabulary; K top-k width; *committed*: part of the text for good; *pending*: the last
+committed token, whose keys and values are not in the cache yet (papers/A0 section 1: kv length = committed - 1 between rounds).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Floats = NDArray[np.float32]
+
+CHAIN = None  #: `Step.parents` of a plain chain
+
+
+@dataclass(frozen=True)
+class Step:
+    """Rows of tokens that go through the model in one pass.
+
+    Row r of sequence b sees the sequence's cached tokens, itself and its ancestors. Its K/V are written to slot `length[b] + r`; its position is
+    `length[b] + depth(r)`. A chain (`parents is None`) is the tree in which row r's parent is r - 1.
+    """
+
+    tokens: Ints  # [B, R] token ids
+    parents: Ints | None = CHAIN  # [B, R] parent row, -1 for a child of the cache, parents before children; None for a chain
+    logits_from: int = 0  # first row whose outputs are wanted; outputs have R - logits_from rows
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a pass returned. Arrays are views that stay valid until the next pass with the same cache."""
+
+    argmax: Ints | None = None  # [B, R'] lowest id on ties
+    logits: Floats | None = None  # [B, R', V]
+    top_ids: Ints | None = None  # [B, R', K] descending by logit
+    taps: dict[str, Floats] = field(default_factory=dict)  # name -> [B, R', ...]
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What an engine can do; loops check it before they start."""
+
+    vocab_size: int
+    max_length: int  # longest sequence that positions allow
+    top_k: int = 0  # width of `top_ids`, 0 when the graph has none
+    trees: bool = True  # `Step.parents` accepted
+    taps: tuple[str, ...] = ()
+
+
+class Cache(Protocol):
+    """State of B sequences. `lengths[b]` slots of sequence b are committed; whatever lies beyond is scratch."""
+
+    lengths: Ints  # [B]
+    capacity: int  # slots per sequence
+
+    def keep(self, sequence: int, rows: Ints) -> None:
+        """Commit `rows` (ascending) of the last step of `sequence`: their entries become slots length .. length + len(rows)."""
+
+    def rollback(self, sequence: int, length: int) -> None:
+        """Forget everything after the first `length` slots of `sequence`."""
+
+    def bytes(self) -> int:
+        """Bytes that the cache holds in memory."""
+
+
+class Engine(Protocol):
+    """A loaded model. Stateless: all state is in the cache."""
+
+    spec: EngineSpec
+
+    def new_cache(self, batch: int, capacity: int) -> Cache:
+        """An empty cache for `batch` sequences of up to `capacity` slots."""
+
+    def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+        """Run one pass. Writes K/V of the rows beyond the committed length and moves no length. `argmax` is always returned."""

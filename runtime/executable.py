@@ -1,0 +1,377 @@
+"""An executable: an engine, its text side and a decode plan, ready to generate.
+
+It holds no text between calls. What it keeps is what makes the next call faster: the cache's memory, what the drafters have learned and what
+the controller knows about acceptance; none of that can change a token (drafts are verified).
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from planc.runtime.artifact import Manifest, sha256, write_artifact
+from planc.runtime.contract import LEVELS, Contract
+from planc.runtime.controller import Controller
+from planc.runtime.decode import Decode
+from planc.runtime.drafters import Drafter
+from planc.runtime.engine import Cache, Engine
+from planc.runtime.errors import ArtifactError, InputError
+from planc.runtime.loops import Piece, Stats, autoregressive, speculative
+from planc.runtime.loops import Text as Sequence_
+from planc.runtime.prompts import Prompt, read_prompts
+from planc.runtime.text import StreamDecoder, Text
+
+DRAFT_SLOTS = 64  #: cache slots beyond prompt and answer, for rows that are drafted and rejected
+CACHE_STEP = 256  #: caches are made in multiples of this many slots, so that the next call can use the last one's memory
+BATCH = 8  #: prompts that go through one pass together
+
+_FINISH = {"eos": "stop", "stop": "stop_string", "length": "length"}
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """What a generation took. Of prompts that ran as one batch, passes and host time are those of the batch."""
+
+    tokens: int  # new tokens
+    seconds: float  # from the first pass to the last token
+    ttft_ms: float  # until the first token
+    passes: int  # decoding passes
+    rows: int  # rows of those passes
+    tokens_per_pass: float
+    host_ms_per_pass: float  # time outside the engine
+    accepted: dict[int, int] = field(default_factory=dict)  # accepted guesses in a pass -> passes
+    drafted_by: dict[str, int] = field(default_factory=dict)  # drafter -> guesses verified
+    accepted_by: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Decoding speed: tokens after the first, by the time after the first."""
+        return (self.tokens - 1) / rest if self.tokens > 1 and (rest := self.seconds - self.ttft_ms / 1e3) > 0 else 0.0
+
+    @property
+    def end_to_end_tokens_per_s(self) -> float:
+        """All new tokens by all the time, prompt included."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """An answer. `text` is without special tokens, the end token and the stop string; `ids` are all new tokens."""
+
+    text: str
+    ids: list[int]
+    prompt_tokens: int
+    finish_reason: str  # stop (an end token), stop_string or length
+    stats: GenerationStats
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one pass added to one answer."""
+
+    text: str  # what is certain by now; may be empty while a character or stop string is incomplete
+    ids: list[int]
+    index: int = 0  # prompt of the batch
+    accepted: int = 0  # how many of `ids` had been drafted
+    sources: tuple[str, ...] = ()  # drafters that guessed them
+    finish_reason: str | None = None  # on the last chunk of the answer
+    generation: Generation | None = None  # the whole answer, on its last chunk
+
+
+@dataclass
+class _Lane:
+    """What one running call uses alone and hands back for the next one."""
+
+    drafters: list[Drafter]
+    controller: Controller
+    cache: Cache | None = None
+
+
+@dataclass
+class _Answer:
+    """One answer in the making."""
+
+    index: int
+    prompt: list[int]
+    decoder: StreamDecoder
+    ids: list[int] = field(default_factory=list)
+    text: str = ""
+    fresh: str = ""  # decoded since the last chunk
+    ttft: float = 0.0
+
+
+class Executable:
+    """Generates text; made by `planc.load` and `planc.compile`.
+
+    Args:
+        engine: runs passes.
+        text: tokenizer and chat template; may hold neither.
+        decode: the plan's decode section.
+        contract: what was measured; decides the minimum of rows, whether trees are safe, and how much is drafted.
+        manifest, directory: the artifact that this came from, if any.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        text: Text,
+        decode: Decode,
+        contract: Contract | None = None,
+        manifest: Manifest | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.engine, self.text, self.decode = engine, text, decode
+        self.contract = contract if contract is not None else manifest.contract if manifest is not None else Contract()
+        self.manifest, self.directory = manifest, directory
+        self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
+        self.capacity = min(engine.spec.max_length, manifest.signature.capacity if manifest is not None else engine.spec.max_length)
+        self._idle: list[_Lane] = []
+        self._lock = threading.Lock()
+
+    @property
+    def min_rows(self) -> int:
+        """Rows that every pass has at least: the plan's number, else what exactness needs, else 1 where nothing is verified."""
+        if self.decode.min_rows != "auto":
+            return self.decode.min_rows
+        if self.decode.speculative is None:
+            return 1
+        return self.contract.exactness.min_rows if self.contract.exactness is not None else 2
+
+    @property
+    def trees_allowed(self) -> bool:
+        """Was it measured that siblings in a draft promise no less than chains?"""
+        exactness = self.contract.exactness
+        return exactness is not None and exactness.trees is not None and LEVELS.index(exactness.trees) <= LEVELS.index(exactness.chains)
+
+    @property
+    def batches_allowed(self) -> bool:
+        """May prompts share a pass? Not where it was measured that this promises less than each prompt alone."""
+        exactness = self.contract.exactness
+        return exactness is None or (exactness.batch is not None and LEVELS.index(exactness.batch) <= LEVELS.index(exactness.chains))
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        chat: bool | None = None,
+    ) -> Generation | list[Generation]:
+        """Generate an answer, or a list of them for a list of prompts; what is not given is the plan's.
+
+        A prompt is a string (a user message where the model has a chat template, unless `chat=False`), a list of messages
+        `{"role": ..., "content": ...}`, or a list of token ids. In a batch, sampling noise belongs to the prompt's place in the list.
+        """
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
+        prompts, single = read_prompts(self.text, prompt, chat)
+        chunks = self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
+        answers = {chunk.index: chunk.generation for chunk in chunks if chunk.generation is not None}
+        return answers[0] if single else [answers[i] for i in range(len(prompts))]
+
+    def stream(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        chat: bool | None = None,
+    ) -> Iterator[Chunk]:
+        """The same as `generate`, in chunks as they come. Arguments are checked at once; the work is done while iterating."""
+        sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+        sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
+        prompts, _ = read_prompts(self.text, prompt, chat)
+        return self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
+
+    def plain(self) -> Executable:
+        """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
+        decode = self.decode.model_copy(update={"speculative": None, "min_rows": self.min_rows})
+        return Executable(self.engine, self.text, decode, self.contract, self.manifest, self.directory)
+
+    def save(self, directory: str | Path) -> Path:
+        """Copy the artifact to `directory` in one step; an artifact that is already there is replaced."""
+        manifest, source = self.manifest, self.directory
+        if manifest is None or source is None:
+            raise ArtifactError("artifact-not-found", "this executable was not made from an artifact", fix="save what planc.compile returns")
+
+        def build(target: Path) -> Manifest:
+            for name, entry in manifest.files.items():
+                (target / name).parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    shutil.copyfile(source / name, target / name)
+                except FileNotFoundError as error:
+                    raise ArtifactError("artifact-corrupt", f"{name} is missing", where=str(source)) from error
+                if sha256(target / name) != entry.sha256:
+                    raise ArtifactError("artifact-corrupt", f"{name} has changed since it was loaded", where=str(source))
+            return manifest.model_copy(update={"contract": self.contract})
+
+        write_artifact(Path(directory), build)
+        return Path(directory)
+
+    def report(self) -> dict[str, Any]:
+        """What this executable is and promises, as plain data."""
+        exactness = self.contract.exactness
+        report: dict[str, Any] = {
+            "decode": self.decode.model_dump(mode="json"),
+            "min_rows": self.min_rows,
+            "trees": self.trees_allowed,
+            "batches": self.batches_allowed,
+            "capacity": self.capacity,
+            "exactness": exactness.level if exactness is not None else None,
+            "exactness_line": exactness.line() if exactness is not None else "not measured",
+            "contract": self.contract.model_dump(mode="json"),
+        }
+        if self.manifest is not None:
+            files = {name: entry.bytes for name, entry in self.manifest.files.items()}
+            report |= {"model": self.manifest.model, "plan": self.manifest.plan, "backend": self.manifest.backend, "target": self.manifest.target}
+            report |= {"files": files, "bytes": sum(files.values())}
+        with self._lock:
+            report["cache_bytes"] = sum(lane.cache.bytes() for lane in self._idle if lane.cache is not None)
+        return report
+
+    # ---- one call ----
+
+    def _settings(self, max_new_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any]) -> Decode:
+        """The plan's decode section with this call's values, checked."""
+        given = {name: value for name, value in sampling.items() if value is not None}
+        changes: dict[str, Any] = {"sampling": {**self.decode.sampling.model_dump(), **given}}
+        if max_new_tokens is not None:
+            changes["max_new_tokens"] = max_new_tokens
+        if stop is not None:
+            changes["stop"] = stop
+        plain = {"max_new_tokens": self.decode.max_new_tokens, "stop": self.decode.stop, "min_rows": self.decode.min_rows}
+        try:
+            checked = Decode.model_validate({**plain, **changes})
+        except ValidationError as error:
+            first = error.errors()[0]
+            name = ".".join(str(part) for part in first["loc"] if part != "sampling")
+            raise InputError("input-invalid", f"{name}: {first['msg']} (got {first['input']!r})") from error
+        if checked.stop and self.text.tokenizer is None:
+            raise InputError("tokenizer-missing", "stop strings need a tokenizer", fix="leave `stop` out, or compile with a tokenizer")
+        return checked.model_copy(update={"speculative": self.decode.speculative})
+
+    def _stream(self, prompts: list[list[int]], decode: Decode) -> Iterator[Chunk]:
+        """Check that every prompt fits, then run them in groups."""
+        for prompt in prompts:
+            if len(prompt) > self.capacity - self.min_rows:
+                raise InputError(
+                    "prompt-too-long",
+                    f"the prompt has {len(prompt)} tokens, the cache has room for {self.capacity - self.min_rows}",
+                    fix="shorten the prompt, or compile with a larger capacity",
+                )
+        together = BATCH if self.batches_allowed else 1
+        groups = [range(start, min(start + together, len(prompts))) for start in range(0, len(prompts), together)]
+        answers = [_Answer(i, prompt, StreamDecoder(self.text, decode.stop)) for i, prompt in enumerate(prompts)]
+        return (chunk for group in groups for chunk in self._run([answers[i] for i in group], decode))
+
+    def _run(self, answers: list[_Answer], decode: Decode) -> Iterator[Chunk]:
+        """One loop over a group of prompts."""
+        by_key = {answer.index: answer for answer in answers}
+
+        def stop(sequence: Sequence_) -> bool:
+            answer = by_key[sequence.id]
+            answer.fresh += answer.decoder.push(sequence.tokens[-1])
+            return answer.decoder.stop is not None
+
+        lane, stats, credited = self._take_lane(), Stats(), Counter[str]()
+        try:
+            cache = self._cache(lane, answers, decode)
+            for piece in self._loop(lane, cache, answers, decode, stop, stats):
+                answer = answers[piece.sequence]
+                answer.ttft = answer.ttft or stats.total_seconds
+                sources = tuple(stats.accepted_by - credited) if len(piece.tokens) > 1 else ()
+                credited = Counter(stats.accepted_by)
+                yield self._chunk(answer, piece, sources, stats)
+        finally:
+            with self._lock:
+                self._idle.append(lane)
+
+    def _loop(self, lane: _Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
+        prompts = [answer.prompt for answer in answers]
+        common: dict[str, Any] = {"eos": self.eos_ids, "min_rows": self.min_rows, "ids": [a.index for a in answers], "stop": stop, "stats": stats}
+        if decode.speculative is None:
+            return autoregressive(self.engine, cache, prompts, decode, **common)
+        exactness = self.contract.exactness
+        return speculative(
+            self.engine,
+            cache,
+            prompts,
+            lane.drafters,
+            lane.controller,
+            decode,
+            trees_allowed=self.trees_allowed,
+            block=exactness.tree_block if exactness is not None else None,
+            **common,
+        )
+
+    def _chunk(self, answer: _Answer, piece: Piece, sources: tuple[str, ...], stats: Stats) -> Chunk:
+        first = not answer.ids
+        answer.ids += piece.tokens
+        generation = None
+        if piece.finish is not None:
+            answer.fresh += answer.decoder.finish()
+        text, answer.fresh = answer.fresh, ""
+        answer.text += text
+        if piece.finish is not None:
+            generation = Generation(answer.text, answer.ids, len(answer.prompt), _FINISH[piece.finish], _summary(answer, stats))
+        accepted = 0 if first else len(piece.tokens) - 1
+        return Chunk(text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation)
+
+    # ---- what is kept between calls ----
+
+    def _take_lane(self) -> _Lane:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        part = self.decode.speculative
+        if part is None:
+            return _Lane([], Controller())
+        drafters = [drafter.build(self.engine.spec.vocab_size) for drafter in part.drafter]
+        controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
+        return _Lane(drafters, controller)
+
+    def _cache(self, lane: _Lane, answers: list[_Answer], decode: Decode) -> Cache:
+        """The lane's empty cache if it has the right shape, else a new one. Sized for the call: memory that is not used is not taken."""
+        slots = max(len(answer.prompt) for answer in answers) + decode.max_new_tokens + self.min_rows + DRAFT_SLOTS
+        slots = min(self.capacity, -(-slots // CACHE_STEP) * CACHE_STEP)
+        cache = lane.cache
+        if cache is None or len(cache.lengths) != len(answers) or cache.capacity < slots:
+            lane.cache = None  # free the old one before the new one is made
+            lane.cache = cache = self.engine.new_cache(len(answers), slots)
+        for sequence in range(len(answers)):
+            cache.rollback(sequence, 0)
+        return cache
+
+
+def _summary(answer: _Answer, stats: Stats) -> GenerationStats:
+    return GenerationStats(
+        tokens=len(answer.ids),
+        seconds=stats.total_seconds,
+        ttft_ms=answer.ttft * 1e3,
+        passes=stats.passes,
+        rows=stats.rows,
+        tokens_per_pass=stats.tokens_per_pass,
+        host_ms_per_pass=stats.host_seconds * 1e3 / max(1, stats.passes),
+        accepted=dict(sorted(stats.accepted.items())),
+        drafted_by=dict(stats.drafted_by),
+        accepted_by=dict(stats.accepted_by),
+    )

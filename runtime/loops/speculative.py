@@ -1,0 +1,66 @@
+"""Draft and verify: the same text as plain decoding, several tokens per pass (papers/A0)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+
+from planc.runtime.acceptance import walk
+from planc.runtime.controller import Controller
+from planc.runtime.decode import Decode
+from planc.runtime.drafters import Context, Drafter
+from planc.runtime.engine import Cache, Engine
+from planc.runtime.loops.run import CHUNK, Piece, Run, Stats, Stop
+from planc.runtime.trees import Draft
+
+
+def speculative(
+    engine: Engine,
+    cache: Cache,
+    prompts: Sequence[Sequence[int]],
+    drafters: Sequence[Drafter],
+    controller: Controller,
+    decode: Decode,
+    *,
+    eos: Collection[int] = (),
+    trees_allowed: bool = True,
+    block: int | None = None,
+    min_rows: int | None = None,
+    chunk: int = CHUNK,
+    ids: Sequence[int] | None = None,
+    stop: Stop | None = None,
+    stats: Stats | None = None,
+) -> Iterator[Piece]:
+    """Generate from every prompt, a `Piece` per sequence and round.
+
+    `prompts[b]` is the whole text so far; what `cache` already holds of it is not computed again. `eos` ids end a text and are part of it;
+    `stop` is asked after every token. A pass has at least `min_rows` rows (default: the plan's, or 2: the least that keeps rows bitwise
+    independent). `ids` key the sampling noise of the sequences, by default their place in the batch. `trees_allowed` and `block` state
+    where siblings keep the promised exactness. In a batch the cache of a finished sequence is released.
+    """
+    run = Run(engine, cache, prompts, decode, drafters, eos=eos, min_rows=min_rows, chunk=chunk, ids=ids, stop=stop, stats=stats)
+    run.require_trees(controller.tree.shape == "tree")
+    return run.stats.timed(_rounds(run, controller, trees_allowed and engine.spec.trees, block))
+
+
+def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
+    yield from run.prefill()
+    while live := run.live:
+        drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
+        for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
+            context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
+            for drafter in run.drafters if context.budget and context.depth else ():
+                drafter.propose(context, draft)
+        # 2. choose how much of it this pass is worth; nothing at all is always a choice
+        past = [int(run.cache.lengths[b]) for b in live]
+        chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
+        verified = dict(zip(live, chosen, strict=True))
+        outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
+        committed = 0
+        for b, tree in verified.items():
+            path = walk(tree, run.chooser(b, outputs))  # 4. accept: follow the target's choices down the tree
+            pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
+            controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
+            run.teach(b, tree, path, outputs)
+            committed += len(pieces[0].tokens)
+            yield from pieces
+        controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)

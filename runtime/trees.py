@@ -1,0 +1,172 @@
+"""Draft trees: what the drafters propose for one sequence, and how several of them become one pass.
+
+Row 0 is the pending token (the root, already committed); rows 1.. are guesses, parents before children (papers/A0 sections 2 and 7). Every
+guess carries the estimated probability that it is accepted *given that its parent was*; the estimates are learned while decoding (`Rates`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from planc.runtime.engine import CHAIN, Step
+
+Cell = tuple[str | int, ...]  # what a drafter knows about a guess: (drafter key, feature, ...)
+
+
+class Rates:
+    """Acceptance rates, learned online as decayed counts of hits and trials.
+
+    A rate belongs to the tuple of cells of a guess, so "both drafters say so" is learned apart from either alone. A tuple that was never
+    tried has the caller's prior, which weighs as much as `strength` trials; `memory` is the factor by which old trials fade.
+    """
+
+    __slots__ = ("_counts", "memory", "strength")
+
+    def __init__(self, strength: float = 6.0, memory: float = 0.99) -> None:
+        self.strength, self.memory = strength, memory
+        self._counts: dict[tuple[Cell, ...], list[float]] = {}  # cells -> [hits, trials]
+
+    def get(self, cells: tuple[Cell, ...], prior: float) -> float:
+        """Estimated probability that a guess with these cells is right, its parent being right."""
+        counts = self._counts.get(cells)
+        if counts is None:
+            return prior
+        return (counts[0] + self.strength * prior) / (counts[1] + self.strength)
+
+    def observe(self, cells: tuple[Cell, ...], hit: bool) -> None:
+        """A guess with these cells was reached, and was right or wrong."""
+        counts = self._counts.setdefault(cells, [0.0, 0.0])
+        counts[0] = counts[0] * self.memory + hit
+        counts[1] = counts[1] * self.memory + 1.0
+
+    def learn(self, draft: Draft, committed: Sequence[int]) -> None:
+        """Judge the guesses of `draft` by the tokens that were committed after its root.
+
+        The draft may be larger than what was verified: whatever the text decides is observed, so a drafter that is not trusted at the
+        moment goes on being judged at no cost.
+        """
+        row: int | None = 0
+        for token in committed:
+            children = draft.children[row or 0]
+            for child_token, child in children.items():
+                self.observe(draft.cells[child], child_token == token)
+            row = children.get(token)
+            if row is None:
+                return
+
+
+class Draft:
+    """A tree of guesses for one sequence. Lists are indexed by row; row 0 is the pending token."""
+
+    __slots__ = ("cells", "children", "depths", "p", "parents", "rates", "tokens")
+
+    def __init__(self, root: int, rates: Rates | None = None) -> None:
+        self.rates = rates if rates is not None else Rates()
+        self.tokens: list[int] = [root]
+        self.parents: list[int] = [-1]
+        self.depths: list[int] = [0]
+        self.p: list[float] = [1.0]  # P(accepted | parent accepted)
+        self.cells: list[tuple[Cell, ...]] = [()]
+        self.children: list[dict[int, int]] = [{}]  # token -> row
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def add(self, parent: int, token: int, cell: Cell, prior: float) -> int:
+        """The row of guess `token` after `parent`: a new one, or the one that is already there, now with two reasons."""
+        siblings = self.children[parent]
+        row = siblings.get(token)
+        p = self.rates.get((cell,), prior)
+        if row is None:
+            row = len(self.tokens)
+            siblings[token] = row
+            self.tokens.append(token)
+            self.parents.append(parent)
+            self.depths.append(self.depths[parent] + 1)
+            self.p.append(p)
+            self.cells.append((cell,))
+            self.children.append({})
+        elif all(known[0] != cell[0] for known in self.cells[row]):  # a drafter's second vote for the same token adds nothing
+            self.cells[row] = (*self.cells[row], cell)
+            self.p[row] = self.rates.get(self.cells[row], 1.0 - (1.0 - self.p[row]) * (1.0 - p))
+        return row
+
+    def reach(self) -> list[float]:
+        """P(row is accepted) for every row: the product of `p` down from the root."""
+        reach = [1.0]
+        for row in range(1, len(self.tokens)):
+            reach.append(reach[self.parents[row]] * self.p[row])
+        return reach
+
+    @property
+    def is_chain(self) -> bool:
+        """Every row is the child of the row before it."""
+        return all(parent == row - 1 for row, parent in enumerate(self.parents))
+
+    def ranking(self, reach: Sequence[float]) -> list[int]:
+        """Guesses by falling `reach`; every prefix is closed under ancestors, because no child is likelier than its parent."""
+        return sorted(range(1, len(self.tokens)), key=lambda row: -reach[row])  # stable: on a tie the parent, being older, stays first
+
+    def best_path(self, reach: Sequence[float]) -> list[int]:
+        """Rows of the chain from the root that promises most accepted tokens."""
+        promise = [0.0] * len(reach)  # best promise among the children of a row
+        heir = [0] * len(reach)  # the child that has it
+        for row in range(len(reach) - 1, 0, -1):
+            parent, total = self.parents[row], reach[row] + promise[row]
+            if total >= promise[parent]:  # on a tie the older one
+                promise[parent], heir[parent] = total, row
+        path, row = [], heir[0]
+        while row:
+            path.append(row)
+            row = heir[row]
+        return path
+
+    def take(self, rows: Iterable[int]) -> Draft:
+        """The sub-tree of these rows (closed under ancestors, root implied), likeliest branch first.
+
+        Depth first along the likeliest child puts the path that is accepted most often into consecutive slots, so keeping it moves nothing.
+        """
+        wanted = set(rows)
+        taken = Draft(self.tokens[0], self.rates)
+        stack = [(0, 0)]  # (row here, row there)
+        while stack:
+            row, copy = stack.pop()
+            if row:
+                parent, copy = copy, len(taken.tokens)
+                taken.tokens.append(self.tokens[row])
+                taken.parents.append(parent)
+                taken.depths.append(self.depths[row])
+                taken.p.append(self.p[row])
+                taken.cells.append(self.cells[row])
+                taken.children.append({})
+                taken.children[parent][self.tokens[row]] = copy
+            heirs = [child for child in self.children[row].values() if child in wanted]
+            if len(heirs) > 1:
+                heirs.sort(key=lambda child: self.p[child])
+            stack.extend((child, copy) for child in heirs)
+        assert len(taken) == len(wanted - {0}) + 1, "rows must be closed under ancestors"
+        return taken
+
+
+def chain(tokens: Sequence[int], rates: Rates | None = None) -> Draft:
+    """A draft of one path: `tokens[0]` is the root. Its guesses have no source and probability 1."""
+    draft = Draft(tokens[0], rates)
+    for row, token in enumerate(tokens[1:]):
+        draft.add(row, token, ("given",), 1.0)
+    return draft
+
+
+def pack(drafts: Sequence[Draft], min_rows: int = 1) -> Step:
+    """One step `[B, R]` of all drafts, R = the longest, at least `min_rows`.
+
+    Short drafts are padded by repeating their last token as a chain behind their last row: a padding row attends to real keys (no NaN), has
+    a valid position, and is no row of the draft, so no walk can accept it.
+    """
+    rows = max(min_rows, max(len(draft) for draft in drafts))
+    tokens = np.array([draft.tokens + [draft.tokens[-1]] * (rows - len(draft)) for draft in drafts], dtype=np.int64)  # [B, R]
+    if all(draft.is_chain for draft in drafts):
+        return Step(tokens, CHAIN)
+    parents = [draft.parents + list(range(len(draft) - 1, rows - 1)) for draft in drafts]
+    return Step(tokens, np.array(parents, dtype=np.int64))

@@ -1,0 +1,161 @@
+"""The controller: how many rows, tree or chain, and what it does when its estimates or costs are wrong."""
+
+from __future__ import annotations
+
+import pytest
+from drafting import Bush, Oracle, generate
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from toy_engine import ToyEngine
+
+from planc.runtime.controller import Controller, linear_cost
+from planc.runtime.decode import Decode, Tree
+from planc.runtime.loops import Stats
+from planc.runtime.trees import Draft
+
+
+def comb(p: float, depth: int = 8) -> Draft:
+    """A chain of guesses with probability p, each with a sibling of probability 0.1."""
+    draft, row = Draft(0), 0
+    for _ in range(depth):
+        draft.add(row, 2, ("x", 1), 0.1)
+        row = draft.add(row, 1, ("x", 0), p)
+    return draft
+
+
+def taken(controller: Controller, draft: Draft, **options: object) -> Draft:
+    return controller.select([draft], [10], 100, **options)[0]  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("p", "slope", "expected"), [(0.05, 0.5, 0), (0.9, 5.0, 0), (0.5, 0.2, 1), (0.9, 0.05, 8), (0.9, 0.0, 16)])
+def test_takes_what_pays(p: float, slope: float, expected: int) -> None:
+    assert len(taken(Controller(cost=lambda rows, past: 1 + slope * (rows - 1)), comb(p))) - 1 == expected
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.floats(0.01, 0.99)), max_size=9),
+    st.lists(st.floats(0.0, 0.5), min_size=10, max_size=10),
+    st.integers(1, 4),
+)
+def test_no_sub_tree_promises_more_tokens_per_ms(nodes: list[tuple[int, float]], steps: list[float], min_rows: int) -> None:
+    draft = Draft(0)
+    for token, (parent, p) in enumerate(nodes):
+        draft.add(parent % len(draft), token, ("x", token), p)
+    costs = [1.0 + sum(steps[:rows]) for rows in range(11)]
+    chosen = taken(Controller(cost=lambda rows, past: costs[rows]), draft, min_rows=min_rows)
+
+    def rate(tree: Draft) -> float:
+        return sum(tree.reach()) / costs[max(min_rows, len(tree))]
+
+    subsets = ([row for row in range(1, len(draft)) if mask >> (row - 1) & 1] for mask in range(1 << (len(draft) - 1)))
+    closed = [rows for rows in subsets if all(draft.parents[row] in (0, *rows) for row in rows)]
+    assert rate(chosen) == pytest.approx(max(rate(draft.take(rows)) for rows in closed))
+
+
+def test_rows_that_would_be_padding_are_free() -> None:
+    controller = Controller(cost=lambda rows, past: float(rows * rows))
+    assert len(taken(controller, comb(0.05))) == 1
+    assert len(taken(controller, comb(0.05), min_rows=3)) == 3
+
+
+def test_cost_may_be_a_table_and_depends_on_past_and_batch() -> None:
+    class Table:
+        def ms(self, rows: int, past: int, batch: int) -> float:
+            return 1.0 + rows * (0.0 if past < 1000 else 9.0) * batch
+
+    controller = Controller(cost=Table())
+    assert len(controller.select([comb(0.9)], [10], 100)[0]) == 17
+    assert len(controller.select([comb(0.9)], [2000], 100)[0]) == 1
+    assert [len(draft) for draft in Controller(cost=Table()).select([comb(0.9), Draft(3), comb(0.5, 2)], [10, 10, 10], 100, 3)] == [
+        17,
+        1,
+        5,
+    ]
+
+
+def test_room_limits_the_pass() -> None:
+    for room in (1, 2, 5):
+        assert len(Controller(cost=lambda rows, past: 1.0).select([comb(0.9)], [10], room)[0]) == room
+
+
+def test_fixed_budget_is_taken_whatever_it_costs() -> None:
+    for budget in (0, 1, 7, 16, 40):
+        assert len(taken(Controller(Tree(budget=budget), cost=lambda rows, past: 9.0**rows), comb(0.1))) - 1 == min(budget, 16)
+
+
+def test_chain_or_tree() -> None:
+    flat = Controller(cost=lambda rows, past: 1.0)
+    assert not taken(flat, comb(0.6)).is_chain
+    assert taken(flat, comb(0.6), trees=False).tokens == [0] + [1] * 8
+    assert taken(Controller(Tree(shape="chain"), cost=lambda rows, past: 1.0), comb(0.6)).is_chain
+    assert not taken(Controller(Tree(shape="tree"), cost=lambda rows, past: 1.0), comb(0.6), trees=False).is_chain
+
+
+def test_block_cuts_trees_and_leaves_chains() -> None:
+    controller = Controller(cost=lambda rows, past: 1.0)
+    for length in range(8, 17):
+        tree = controller.select([comb(0.9)], [length], 100, block=16, min_rows=2)[0]
+        assert tree.is_chain or length + len(tree) <= (length // 16 + 1) * 16
+    assert len(controller.select([comb(0.9)], [15], 100, block=16)[0]) == 9  # the whole chain beats a tree of one row
+    assert len(controller.select([comb(0.9)], [16], 100, block=16)[0]) > 9
+
+
+def test_budget_follows_what_was_taken() -> None:
+    controller = Controller(cost=lambda rows, past: 100.0**rows)
+    for _ in range(60):
+        taken(controller, comb(0.1))
+    assert controller.budget == 4
+
+
+def test_tries_again_now_and_then() -> None:
+    controller = Controller(cost=lambda rows, past: 1 + 0.3 * (rows - 1))
+    sizes = []
+    for _ in range(400):
+        size = len(taken(controller, comb(0.02)))
+        controller.observe(size, 10, 1, 1.0, 1 + 0.3 * (size - 1))
+        sizes.append(size)
+    assert 2 <= sum(size > 1 for size in sizes) <= 12
+
+
+@pytest.mark.parametrize("slope", [0.0, 0.5])
+def test_backs_off_when_the_table_lies(slope: float) -> None:
+    """The table says that rows are free. Where they are, it goes on; where they are not, it stops."""
+    controller = Controller(cost=lambda rows, past: 1.0)
+    rows = 0
+    for _ in range(2000):
+        size = len(taken(controller, comb(0.3)))
+        tokens = 1.4 if size > 1 else 1.0  # realised on average
+        controller.observe(size, 10, 1, tokens, 1 + slope * (size - 1))
+        rows += size > 1
+    assert rows > 1980 if slope == 0.0 else rows < 250  # a few plain passes are made to measure them
+
+
+def test_one_disturbed_pass_does_not_stop_speculation() -> None:
+    controller, wide = Controller(), 0
+    for step in range(200):
+        size = len(taken(controller, comb(0.9)))
+        wide += size > 1
+        controller.observe(size, 10, 1, 4.0, linear_cost(size, 10) * (500 if step % 50 == 7 else 1))
+    assert wide > 190
+
+
+def test_wrong_drafters_are_dropped_and_right_ones_kept() -> None:
+    engine, wrong, right = ToyEngine(23), Stats(), Stats()
+    decode = Decode(max_new_tokens=120)
+    plain, _ = generate(engine, [[1, 2]], decode)
+    for drafter, stats in ((Oracle(plain, 23, right=0), wrong), (Oracle(plain, 23), right)):
+        # the toy's passes cost wall time like nothing real, so the table's word is made good by a controller that ignores measurements
+        controller = Controller(Tree(depth=6), cost=lambda rows, past: 1 + 0.1 * (rows - 1))
+        controller.observe = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        for run in (Stats(), stats):  # the first run learns
+            assert generate(engine, [[1, 2]], decode, [drafter], controller=controller, min_rows=1, stats=run)[0] == plain
+    assert wrong.rows / wrong.passes < 1.2
+    assert right.tokens_per_pass > 5
+
+
+def test_learned_rates_match_what_happens() -> None:
+    """Calibration: a random drafter over 8 tokens is right about every eighth time, whatever probability it claims."""
+    engine, controller = ToyEngine(8, predictable=0.0), Controller(Tree(budget=4))
+    generate(engine, [[1, 2]], Decode(max_new_tokens=150), [Bush(8, 0, 3)], controller=controller)
+    assert controller.rates.get((("bush", 0), ("twin", 0)), 0.5) == pytest.approx(1 / 8, abs=0.1)
