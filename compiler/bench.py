@@ -10,14 +10,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from planc.compiler import quality
 from planc.compiler.peers import LOAD_SECONDS, OURS, PEERS, PeerError, PeerMissing, Worker, unknown_peer
+from planc.compiler.quality import TOKENS, WINDOW, perplexity, read_windows
 from planc.compiler.store import Stored, cache_dir, obtain
 from planc.runtime.contract import hardware
 from planc.runtime.errors import InputError, PlanError
@@ -27,20 +27,6 @@ WARM_TOKENS = 16
 WARM_TEXT = "Name three rivers and say in one sentence each where they flow."  # in no prompt set, so that nothing useful is learned from it
 
 FORMS = ("plan", "plain", "plain_one_row")
-
-#: The built-in prompt of `--prompts repeat`: copying is where drafting from the prompt pays most.
-REPEAT = """The lighthouse at Carrow Point was built in the year 1864 by a crew of forty men, most of whom had never seen the sea before they came to \
-work there. The stone was cut in a quarry eleven miles inland, loaded on flat carts, and pulled by oxen along a road that the men had to lay as \
-they went. It took nine months to finish the road and only seven to finish the tower. The first keeper, a quiet man named Edwin Marsh, lived in \
-the small house beneath the lamp with his two daughters and a grey dog. Every evening he climbed the one hundred and twelve steps with a can of \
-oil in each hand, trimmed the wicks, polished the glass, and lit the lamp before the sun touched the water. He wrote down the weather, the ships \
-that passed, and the number of birds that struck the glass during the night. His books are still kept in the town hall, and they are the reason \
-we know so much about the storms of that time. In the winter of 1871 the wind blew for eighteen days without a pause, and no boat could bring \
-food to the point. The family lived on dried fish, potatoes, and the milk of a single goat. On the last day the older daughter, Alice, saw a \
-ship without masts drifting toward the rocks. She rang the bell until her hands bled, and the fishermen of the village, hearing it through the \
-storm, went out in two open boats and saved all twenty-three people aboard. The captain later sent her a silver watch, which stopped each year, \
-so the story goes, at the very hour of the rescue. The lamp burned oil until 1922, gas until 1958, and electricity ever since. Today no keeper \
-lives at the point. A small machine turns the light on and off, and visitors may climb the steps on the first Sunday of every month."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +67,7 @@ class System:
 
     def run(self, ids: list[int], max_new_tokens: int, eos: list[int]) -> Run:
         """Generate once."""
-        extra = {} if self.form is None else {"form": self.form}
+        extra: dict[str, Any] = {} if self.form is None else {"form": self.form}
         answer = self.worker.ask("generate", ids=ids, max_new_tokens=max_new_tokens, eos=eos, **extra)
         return Run(**{name: answer[name] for name in Run.__dataclass_fields__ if name in answer})
 
@@ -95,7 +81,7 @@ class Options:
     peers: tuple[str, ...] = ()
     peer_python: str = ""
     quality: Path | None = None
-    quality_tokens: int = quality.TOKENS
+    quality_tokens: int = TOKENS
     chat: bool | None = None
     progress: bool = True
 
@@ -104,12 +90,10 @@ class Options:
 
 
 def load_prompts(source: str, limit: int | None = None) -> list[Prompt]:
-    """Prompts of a file, or `repeat`. `.jsonl`: {"id", "category", "turns": [...]} or {"prompt": ...} a line; anything else: a prompt a line.
+    """Prompts of a file. `.jsonl`: {"id", "category", "turns": [...]} or {"prompt": ...} a line; anything else: a prompt a line.
 
     `limit` takes the same number from every category, the first ones of each; what cannot be shared evenly goes to the first categories.
     """
-    if source == "repeat":
-        return [Prompt("repeat", "copy", f"Repeat the following text exactly, word for word, and add nothing.\n\n{REPEAT}")]
     path = Path(source).expanduser()
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -223,7 +207,7 @@ def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, no
         "skipped_peers": skipped,
         "fastest_peer": fastest and fastest["name"],
         "ratio_to_fastest_peer": {row["name"]: row["ratio_to_fastest_peer"] for row in plan_rows},
-        "quality": {"file": str(options.quality), "window": quality.WINDOW, **scores} if scores else None,
+        "quality": {"file": str(options.quality), "window": WINDOW, **scores} if scores else None,
         "hardware": hardware(),
         "threads": threads(),
         "settings": {"pause_s": PAUSE, "warm_up_tokens": WARM_TOKENS, "decoding": "greedy", "repeats": 1},
@@ -240,7 +224,9 @@ def _names(plans: Sequence[Path]) -> list[str]:
     for plan in plans:
         stem = plan.stem if plan.suffix in (".yaml", ".yml", ".json") else plan.name or str(plan)
         if stem in names:
-            raise PlanError("input-invalid", f"two plans are called {stem!r}", where=str(plan), fix="rename one of the files, or name it once")
+            raise PlanError(
+                "input-invalid", f"two plans are called {stem!r}", where=str(plan), fix="rename one of the files, or name it once"
+            )
         names.append(stem)
     return names
 
@@ -254,9 +240,9 @@ def _start_peers(
     skipped: dict[str, str] = {}
     if not options.peers:
         return workers, loaded, skipped
-    from planc.compiler.models import locate
+    from planc.compiler.models import _locate
 
-    hf, gguf = locate(options.model)
+    hf, gguf = _locate(options.model)
     home = cache_dir() / "peers" / hf.name
     home.mkdir(parents=True, exist_ok=True)
     config = {"hf": str(hf), "gguf": gguf and str(gguf), "cache": str(home), "threads": threads(), "context": -(-longest // 256) * 256}
@@ -281,7 +267,7 @@ def _start_peers(
 def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:
     """Perplexity of every system on the same windows; null where a system hands out no logits."""
     assert options.quality is not None
-    windows = quality.read_windows(options.quality, lambda text: encoder.ask("encode", text=text, chat=False)["ids"], tokens=options.quality_tokens)
+    windows = read_windows(options.quality, lambda text: encoder.ask("encode", text=text, chat=False)["ids"], tokens=options.quality_tokens)
     scores: dict[str, dict[str, Any]] = {}
     with _bar("perplexity", options.progress) as show:
         for index, (name, worker) in enumerate(workers.items()):
@@ -293,7 +279,7 @@ def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> d
                     break
             known = all(answer["nll"] is not None for answer in answers)
             tokens = sum(answer["tokens"] for answer in answers)
-            value = round(quality.perplexity(sum(a["nll"] for a in answers), tokens), 4) if known else None
+            value = round(perplexity(sum(a["nll"] for a in answers), tokens), 4) if known else None
             scores[name] = {"perplexity": value, "tokens": tokens if known else 0}
     return scores
 
@@ -321,7 +307,8 @@ def summary(runs: Sequence[Run], categories: Sequence[str]) -> dict[str, Any]:
         "peak_rss_mb": max(run.peak_rss_mb for run in runs),
         "host_ms_per_step": round(statistics.fmean(host), 4) if host else None,
         "categories": {
-            name: {"tokens_per_s": round(speed([r for r, c in zip(runs, categories, strict=True) if c == name]), 2)} for name in dict.fromkeys(categories)
+            name: {"tokens_per_s": round(speed([r for r, c in zip(runs, categories, strict=True) if c == name]), 2)}
+            for name in dict.fromkeys(categories)
         },
     }
 
@@ -380,7 +367,9 @@ def table(result: dict[str, Any]) -> Any:
     from rich.table import Table
 
     columns = ["tokens/s", "tokens/pass", "vs plain", "vs fastest peer", "identical", "exactness", "first token ms", "peak MB"]
-    shown = Table("system", title=f"{result['model']}, {result['prompts']} prompts x {result['max_new_tokens']} tokens", title_justify="left")
+    shown = Table(
+        "system", title=f"{result['model']}, {result['prompts']} prompts x {result['max_new_tokens']} tokens", title_justify="left"
+    )
     for name in [*columns, *(["perplexity"] if result["quality"] else [])]:
         shown.add_column(name, justify="right")
     peer = next((row for row in result["peers"] if row["name"] == result["fastest_peer"]), None)
@@ -417,26 +406,15 @@ def _cell(value: float | None, form: str) -> str:
     return "" if value is None else format(value, form)
 
 
-def _bar(title: str, wanted: bool) -> Any:
+@contextmanager
+def _bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr that takes (done, total)."""
     from rich.console import Console
 
     from planc.runtime.profile import progress_bar
 
-    return _Bar(progress_bar(title, Console(stderr=True, quiet=not wanted)))
-
-
-class _Bar:
-    """`runtime.profile.progress_bar` with counts instead of percent."""
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        show = self._inner.__enter__()
-        return lambda done, total: show(100 * done // max(1, total), 100)
-
-    def __exit__(self, *error: Any) -> None:
-        self._inner.__exit__(*error)
+    with progress_bar(title, Console(stderr=True, quiet=not wanted)) as show:
+        yield lambda done, total: show(100 * done // max(1, total), 100)
 
 
 def save(result: dict[str, Any], output: Path) -> None:

@@ -27,6 +27,7 @@ from torch import nn
 
 from planc.compiler.downloads import KnownModel, Wheel, fetch, sha256_of
 from planc.compiler.plan_source import nearest
+from planc.compiler.store import cache_dir
 from planc.runtime.errors import ModelError
 from planc.runtime.text import TEXT_FILES, TOKENIZER
 
@@ -110,11 +111,6 @@ class ModelInfo:
     about: str
 
 
-def cache_dir() -> Path:
-    """Where downloads and conversions live: `PLANC_CACHE`, or `~/.cache/planc`."""
-    return Path(os.environ.get("PLANC_CACHE") or Path.home() / ".cache" / "planc").expanduser()
-
-
 def models() -> list[ModelInfo]:
     """The models that can be had by name, and how much of each is in the cache."""
     table = []
@@ -177,7 +173,7 @@ def _from_hub(name: str) -> Path:
     """The snapshot directory of a Hugging Face id."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-    from huggingface_hub.utils import disable_progress_bars
+    from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
     if not Console(stderr=True).is_terminal:
         disable_progress_bars()
@@ -369,8 +365,8 @@ def _eos_ids(module: nn.Module, config: Any, files: dict[str, Path]) -> tuple[in
 
 
 def _vocab_size(module: nn.Module, config: Any) -> int:
-    head = module.get_output_embeddings() if hasattr(module, "get_output_embeddings") else None
-    weight = getattr(head, "weight", None)
+    find_head: Any = getattr(module, "get_output_embeddings", lambda: None)
+    weight = getattr(find_head(), "weight", None)
     if isinstance(weight, torch.Tensor):  # a head may be padded beyond the configured vocabulary
         return int(weight.shape[0])
     return int(getattr(_text_config(config), "vocab_size", None) or 0)

@@ -49,6 +49,8 @@ class Pass(PlanPart):
     stage: ClassVar[Stage]
     conflicts: ClassVar[tuple[str, ...]] = ()
     requires: ClassVar[tuple[str, ...]] = ()
+    after: ClassVar[tuple[str, ...]] = ()  # passes of the same stage that must have run
+    demands: ClassVar[tuple[str, ...]] = ()  # passes that compile adds by itself
     calibrates: ClassVar[bool] = False  # whether `Context.calibration` is read
 
     @property

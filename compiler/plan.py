@@ -41,7 +41,7 @@ class Plan(BaseModel):
     with it (`where`) and never make two plans differ.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
 
     planc: Literal[1] = Field(1, description="schema version")
     name: str | None = Field(None, description="a short name for tables")

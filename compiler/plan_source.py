@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -25,19 +25,25 @@ YamlPath = tuple[str | int, ...]
 class _Loader(yaml.SafeLoader):
     """Safe loader with the scalars of YAML 1.2 core."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}  # noqa: RUF012 - declared so in the base class
 
 
 class _Dumper(yaml.SafeDumper):
     """Safe dumper that also quotes what only YAML 1.2 would read as a number, and starts lists below their key."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {
+    yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {  # noqa: RUF012 - declared so in the base class
         first: list(rules) for first, rules in yaml.SafeDumper.yaml_implicit_resolvers.items()
     }
 
     def increase_indent(self, flow: bool = False, indentless: bool = False) -> None:
         super().increase_indent(flow, False)
 
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        breaks = any(char in "\r\x85\u2028\u2029\ufeff" for char in data)  # YAML folds these into line feeds unless they are escaped
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style='"' if breaks else None)
+
+
+_Dumper.add_representer(str, _Dumper.represent_str)
 
 _SCALARS: tuple[tuple[str, str, str], ...] = (
     ("tag:yaml.org,2002:bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
@@ -121,7 +127,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Source]:
     try:
         for event in yaml.parse(text, _Loader):
             if getattr(event, "anchor", None) is not None or getattr(event, "tag", None) is not None:
-                place = source.quote(event.start_mark.line + 1)
+                place = source.quote(event.start_mark.line + 1) if event.start_mark else name
                 raise PlanError("plan-syntax", "anchors, aliases and tags have no place in a plan", plan=place, fix="write the value out")
         loader = _Loader(text)
         root = loader.get_single_node()
@@ -163,8 +169,9 @@ def _check_keys(node: yaml.Node, source: Source) -> None:
 
 
 def dump(data: dict[str, Any]) -> str:
-    """YAML text of plain data, keys in their order."""
-    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120))
+    """YAML text of plain data: keys in their order, innermost lists and mappings on one line."""
+    flow = None if any(isinstance(value, dict | list) for value in data.values()) else False  # never the whole plan on one line
+    return str(yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=flow, allow_unicode=True, width=120))
 
 
 # ---- from pydantic's findings to one PlanError -------------------------------------------------------------------------------------

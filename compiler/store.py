@@ -47,21 +47,27 @@ def obtain(plan: Path, model: str, *, progress: bool = True, refresh: bool = Fal
     """The artifact of `plan` for `model`: `plan` itself when it is an artifact, else the cached one, else a fresh one."""
     if plan.is_dir():
         if not is_artifact(plan):
-            raise ArtifactError("artifact-not-found", f"{plan} holds no manifest.json", where=str(plan), fix="name a plan file, or an artifact")
+            raise ArtifactError(
+                "artifact-not-found", f"{plan} holds no manifest.json", where=str(plan), fix="name a plan file, or an artifact"
+            )
         return Stored(plan, None, True)
     if not plan.is_file():
-        raise PlanError("plan-not-found", f"there is no plan or artifact {str(plan)!r}", fix="name a YAML file, or a directory that `planc compile` wrote")
+        raise PlanError(
+            "plan-not-found",
+            f"there is no plan or artifact {str(plan)!r}",
+            fix="name a YAML file, or a directory that `planc compile` wrote",
+        )
     home = cache_dir() / "artifacts"
     target = home / key(plan, model)
     times = target.with_suffix(".json")
     if is_artifact(target) and times.is_file() and not refresh:
         os.utime(times)
         return Stored(target, json.loads(times.read_text())["compile_s"], True)
-    from planc.compiler.compile import compile
+    from planc.compiler.compile import compile as compile_plan
     from planc.compiler.plan import Plan
 
     start = time.perf_counter()
-    compile(model, Plan.from_yaml(plan), out=target, progress=progress)
+    compile_plan(model, Plan.from_yaml(plan), out=target, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
     times.write_text(json.dumps({"compile_s": seconds, "plan": str(plan), "model": model}))
     _prune(home)
@@ -89,7 +95,12 @@ def key(plan: Path, model: str) -> str:
         data: Any = yaml.safe_load(text)
     except yaml.YAMLError:
         data = text.decode(errors="replace")  # the plan parser will say what is wrong
-    parts = [json.dumps(data, sort_keys=True, default=str), _model_identity(model), *(f"{name}={version_of(name)}" for name in LIBRARIES), _sources()]
+    parts = [
+        json.dumps(data, sort_keys=True, default=str),
+        _model_identity(model),
+        *(f"{name}={version_of(name)}" for name in LIBRARIES),
+        _sources(),
+    ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 

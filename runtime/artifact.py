@@ -174,7 +174,10 @@ def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(
-            "artifact-not-found", f"{directory} holds no {MANIFEST}", where=str(directory), fix="give a directory that `planc compile` wrote"
+            "artifact-not-found",
+            f"{directory} holds no {MANIFEST}",
+            where=str(directory),
+            fix="give a directory that `planc compile` wrote",
         )
     try:
         raw = path.read_bytes()
@@ -202,7 +205,9 @@ def _read_manifest(directory: Path) -> Manifest:
 def _inside(root: Path, name: str) -> Path:
     """The file `name` of the artifact at `root`, after following links; refuses whatever leads outside."""
     posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    plain = posix.parts and "\\" not in name and "\0" not in name and not posix.is_absolute() and not windows.drive and ".." not in posix.parts
+    plain = (
+        posix.parts and "\\" not in name and "\0" not in name and not posix.is_absolute() and not windows.drive and ".." not in posix.parts
+    )
     if not plain or name == MANIFEST or str(posix) != name:
         raise ArtifactError("artifact-path", f"{name!r} is not a plain path inside the artifact", where=str(root / MANIFEST))
     try:

@@ -21,7 +21,19 @@ Level = Literal["bitwise", "tokens", "distribution", "bounded", "lossy"]
 LEVELS: tuple[Level, ...] = ("bitwise", "tokens", "distribution", "bounded", "lossy")
 
 #: Instruction sets that decide which kernels a CPU backend takes.
-FLAGS_OF_INTEREST = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_tile", "amx_int8", "amx_bf16", "asimddp", "i8mm", "sve")
+FLAGS_OF_INTEREST = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_tile",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "sve",
+)
 
 #: Distributions whose versions can change a measured number or a bit of a result.
 LIBRARIES = ("planc", "numpy", "onnxruntime", "tokenizers", "torch", "transformers")

@@ -40,7 +40,9 @@ class _Tally:
     def compare(self, found: Floats, expected: Floats) -> None:
         """Rows [R, V] against what they should be."""
         assert found.shape == expected.shape
-        bits = [(np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)) for a, b in zip(found, expected, strict=True)]
+        bits = [
+            (np.ascontiguousarray(a).view(np.uint8), np.ascontiguousarray(b).view(np.uint8)) for a, b in zip(found, expected, strict=True)
+        ]
         same = np.array([np.array_equal(a, b) for a, b in bits])
         self.rows += len(same)
         if not same.all():

@@ -211,7 +211,9 @@ class Executable:
         """Copy the artifact to `directory` in one step; an artifact that is already there is replaced."""
         manifest, source = self.manifest, self.directory
         if manifest is None or source is None:
-            raise ArtifactError("artifact-not-found", "this executable was not made from an artifact", fix="save what planc.compile returns")
+            raise ArtifactError(
+                "artifact-not-found", "this executable was not made from an artifact", fix="save what planc.compile returns"
+            )
 
         def build(target: Path) -> Manifest:
             for name, entry in manifest.files.items():
@@ -242,7 +244,12 @@ class Executable:
         }
         if self.manifest is not None:
             files = {name: entry.bytes for name, entry in self.manifest.files.items()}
-            report |= {"model": self.manifest.model, "plan": self.manifest.plan, "backend": self.manifest.backend, "target": self.manifest.target}
+            report |= {
+                "model": self.manifest.model,
+                "plan": self.manifest.plan,
+                "backend": self.manifest.backend,
+                "target": self.manifest.target,
+            }
             report |= {"files": files, "bytes": sum(files.values())}
         with self._lock:
             report["cache_bytes"] = sum(lane.cache.bytes() for lane in self._idle if lane.cache is not None)
@@ -307,7 +314,13 @@ class Executable:
 
     def _loop(self, lane: _Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
         prompts = [answer.prompt for answer in answers]
-        common: dict[str, Any] = {"eos": self.eos_ids, "min_rows": self.min_rows, "ids": [a.index for a in answers], "stop": stop, "stats": stats}
+        common: dict[str, Any] = {
+            "eos": self.eos_ids,
+            "min_rows": self.min_rows,
+            "ids": [a.index for a in answers],
+            "stop": stop,
+            "stats": stats,
+        }
         if decode.speculative is None:
             return autoregressive(self.engine, cache, prompts, decode, **common)
         exactness = self.contract.exactness
@@ -334,7 +347,9 @@ class Executable:
         if piece.finish is not None:
             generation = Generation(answer.text, answer.ids, len(answer.prompt), _FINISH[piece.finish], _summary(answer, stats))
         accepted = 0 if first else len(piece.tokens) - 1
-        return Chunk(text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation)
+        return Chunk(
+            text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
+        )
 
     # ---- what is kept between calls ----
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -130,11 +131,12 @@ def progress_bar(title: str, console: Console | None = None) -> Iterator[Progres
 
 
 def cost_rows(table: CostTable) -> Table:
-    """The cost table for people: one line per past length (and batch), a column per number of rows."""
-    shown = Table(title="milliseconds of a pass, by rows per sequence", title_justify="left")
-    for header in ("batch", "past", *map(str, table.rows)):
+    """The cost table for people: one line per past length (and batch, if there are several), a column per number of rows."""
+    shown = Table(title="milliseconds of a pass, by rows per sequence", title_justify="left", box=box.SIMPLE, pad_edge=False)
+    several = len(table.batch) > 1
+    for header in (*(("batch",) if several else ()), "past", *map(str, table.rows)):
         shown.add_column(header, justify="right", no_wrap=True)
     for size, plane in zip(table.batch, table.measured, strict=True):
         for length, line in zip(table.past, plane, strict=True):
-            shown.add_row(str(size), str(length), *(f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" for ms in line))
+            shown.add_row(*((str(size),) if several else ()), str(length), *(f"{ms:.1f}" if ms >= 10 else f"{ms:.2f}" for ms in line))
     return shown

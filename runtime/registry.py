@@ -21,7 +21,7 @@ _KIND_MARK = "x-planc-kind"
 class PlanPart(BaseModel):
     """Base of everything that a plan can name: fields are the plan options, `key` is the name."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")  # an infinite option is written as `.inf`
     kind: ClassVar[str] = ""
     key: ClassVar[str] = ""
     conflicts: ClassVar[tuple[str, ...]] = ()  # keys that may not stand in the same plan; its own key: at most once

@@ -267,7 +267,9 @@ def _checked(messages: Any) -> list[Message]:
         raise InputError("prompt-empty", "the conversation has no messages")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise InputError("input-invalid", f"message {number} is not a mapping with a `role`, such as {{'role': 'user', 'content': 'Hi'}}")
+            raise InputError(
+                "input-invalid", f"message {number} is not a mapping with a `role`, such as {{'role': 'user', 'content': 'Hi'}}"
+            )
     return list(messages)
 
 
@@ -285,4 +287,6 @@ def _plain(value: Any, where: str) -> Any:
         return {str(key): _plain(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item, f"{where}[{i}]") for i, item in enumerate(value)]
-    raise InputError("input-invalid", f"{where} holds a {type(value).__name__}; only text, numbers, lists and mappings can be used in a chat")
+    raise InputError(
+        "input-invalid", f"{where} holds a {type(value).__name__}; only text, numbers, lists and mappings can be used in a chat"
+    )

@@ -47,7 +47,7 @@ PEERS: dict[str, Peer] = {
         Peer(
             "llama.cpp",
             "llama_cpp.py",
-            'llama-cpp-python (on a CPU with AMX: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON -DGGML_AVX2=ON -DGGML_FMA=ON")',
+            'llama-cpp-python (with AMX: CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON")',
             gguf=True,
         ),
         Peer("openvino-genai", "openvino_genai.py", "openvino-genai", gguf=True),
@@ -67,7 +67,9 @@ def peer_python(given: Path | None = None) -> str:
     named = given or (Path(os.environ["PLANC_PEERS_PYTHON"]) if os.environ.get("PLANC_PEERS_PYTHON") else None)
     if named is not None:
         if not named.exists():
-            raise PeerError("peer-failed", f"the interpreter for peers, {named}, does not exist", fix="give --peer-python a Python executable")
+            raise PeerError(
+                "peer-failed", f"the interpreter for peers, {named}, does not exist", fix="give --peer-python a Python executable"
+            )
         return str(named)
     usual = Path.home() / ".cache/planc-peers/bin/python"
     return str(usual) if usual.exists() else sys.executable
@@ -83,7 +85,7 @@ class Worker:
 
     def __init__(self, name: str, file: str, config: dict[str, Any], *, python: str = sys.executable, install: str = "") -> None:
         self.name, self.install, self.python = name, install, python
-        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")
+        self._log = tempfile.TemporaryFile(mode="w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed by `close`)
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
         if python == sys.executable:  # our own worker imports planc from where this process has it
             environment["PYTHONPATH"] = os.pathsep.join(filter(None, [_import_root(), os.environ.get("PYTHONPATH")]))

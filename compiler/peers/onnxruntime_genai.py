@@ -26,7 +26,19 @@ class System:
         target = os.path.join(config["cache"], f"onnxruntime-genai-{self.version}-int4")
         if not os.path.exists(target):
             partial = f"{target}.{os.getpid()}.partial"
-            command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", config["hf"], "-o", partial, "-p", "int4", "-e", "cpu"]
+            command = [
+                sys.executable,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-i",
+                config["hf"],
+                "-o",
+                partial,
+                "-p",
+                "int4",
+                "-e",
+                "cpu",
+            ]
             try:
                 subprocess.run([*command, "-c", os.path.join(partial, "hf-cache")], check=True, stdout=sys.stderr)
                 shutil.rmtree(os.path.join(partial, "hf-cache"), ignore_errors=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import time
 from typing import Any
 
@@ -11,10 +12,10 @@ class System:
 
     def __init__(self, config: dict[str, Any]) -> None:
         import numpy as np
-        import openvino
         import openvino_genai
 
-        self.np, self.ov, self.genai = np, openvino, openvino_genai
+        self.np, self.genai = np, openvino_genai
+        self.ov = importlib.import_module("openvino")
         self.version = openvino_genai.__version__
         self.pipeline = openvino_genai.LLMPipeline(config["gguf"], "CPU", INFERENCE_NUM_THREADS=config["threads"])
 

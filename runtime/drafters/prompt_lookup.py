@@ -20,7 +20,7 @@ _FLOOR = 0.01  # guesses less likely than this are not worth a place
 _CLASSES: tuple[tuple[int, float], ...] = tuple(
     (low, prior)
     for low, high, prior in (
-        (1, 1, 0.20), (2, 2, 0.40), (3, 3, 0.50), (4, 4, 0.60), (5, 6, 0.70), (7, 9, 0.80), (10, 15, 0.85), (16, _REACH_BACK, 0.92)
+        (1, 1, 0.15), (2, 2, 0.40), (3, 3, 0.50), (4, 4, 0.60), (5, 6, 0.70), (7, 9, 0.80), (10, 15, 0.85), (16, _REACH_BACK, 0.92)
     )
     for _ in range(low, high + 1)
 )  # fmt: skip

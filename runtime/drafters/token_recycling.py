@@ -25,8 +25,8 @@ _EMPTY = -1  # in M: no successor known
 _STREAK = 3  # longest run of confirmations that is told apart
 
 #: acceptance rates before anything is learned: first rank by streak, then the other ranks
-_FIRST = (0.30, 0.45, 0.60, 0.75)
-_OTHERS = (0.12, 0.06, 0.04, 0.03, 0.02, 0.015, 0.01)
+_FIRST = (0.22, 0.45, 0.55, 0.65)
+_OTHERS = (0.08, 0.05, 0.035, 0.025, 0.02, 0.015, 0.01)
 
 Template = tuple[tuple[int, ...], ...]
 

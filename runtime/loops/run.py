@@ -174,7 +174,8 @@ class Run:
                 drafter.start(b)
         while waiting := [b for b in self.live if self.cache.lengths[b] < self.texts[b].prompt]:
             starts = self.cache.lengths.tolist()
-            rest = max(self.texts[b].prompt - starts[b] for b in waiting)
+            # a pass ends where a prompt ends, so that outputs are needed for its last rows only
+            rest = min(self.texts[b].prompt - starts[b] for b in waiting)
             rows = max(self.min_rows, min(self.chunk, self.room, rest))
             parts = [list[int]() for _ in self.texts]
             for b in waiting:

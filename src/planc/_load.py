@@ -31,7 +31,9 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ArtifactError("artifact-corrupt", f"the decode section is not valid: {where}: {first['msg']}", where=str(directory)) from error
+        raise ArtifactError(
+            "artifact-corrupt", f"the decode section is not valid: {where}: {first['msg']}", where=str(directory)
+        ) from error
     text = Text.load(directory, eos_ids=manifest.eos_ids or None)
     return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory)
 

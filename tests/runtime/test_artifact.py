@@ -175,7 +175,21 @@ def test_other_schema_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["../outside", "/etc/passwd", "a/../../outside", "a\\..\\outside", "C:/x", "", ".", "a//b", "./x", "x\0y", MANIFEST, "manifest.json/../x"]
+    "name",
+    [
+        "../outside",
+        "/etc/passwd",
+        "a/../../outside",
+        "a\\..\\outside",
+        "C:/x",
+        "",
+        ".",
+        "a//b",
+        "./x",
+        "x\0y",
+        MANIFEST,
+        "manifest.json/../x",
+    ],
 )
 def test_paths_stay_inside(tmp_path: Path, name: str) -> None:
     (tmp_path / "outside").write_bytes(b"")

@@ -26,6 +26,13 @@ def test_cost_beyond_the_grid() -> None:
     assert CostTable(rows=(3,), past=(5,), measured=(((7.0,),),)).ms(40, 900) == 7.0
 
 
+def test_lines_do_not_cross_far_out() -> None:
+    table = CostTable(rows=(1, 2), past=(16, 128), measured=(((1.0, 3.0), (2.0, 3.1)),))
+    assert table.ms(1, 5000) <= table.ms(2, 5000)
+    table = CostTable(rows=(1, 2), past=(16, 128), measured=(((1.0, 3.0), (2.9, 3.1)),))
+    assert table.ms(40, 16) <= table.ms(40, 128)
+
+
 def test_cost_of_a_batch() -> None:
     assert TABLE.ms(2, 16, batch=2) == TABLE.ms(4, 16), "without measurement a batch is that many rows"
     table = CostTable(rows=(1, 2), past=(8,), batch=(1, 4), measured=(((10.0, 12.0),), ((16.0, 24.0),)))
@@ -72,7 +79,9 @@ def test_weakest() -> None:
 
 
 def test_contract_round_trip() -> None:
-    exactness = Exactness(level="tokens", chains="bitwise", trees="tokens", min_rows=2, probes=40, largest_difference=5e-5, smallest_gap=0.01)
+    exactness = Exactness(
+        level="tokens", chains="bitwise", trees="tokens", min_rows=2, probes=40, largest_difference=5e-5, smallest_gap=0.01
+    )
     effect = PassEffect(name="fold", declared="exact", counts={"matched": 3})
     contract = Contract(exactness=exactness, cost=TABLE, effects=(effect,), hardware=hardware())
     again = Contract.model_validate_json(contract.model_dump_json())

@@ -227,7 +227,9 @@ def test_full_cache_ends_the_text() -> None:
     run = executable({"max_new_tokens": 500}, max_length=48, vocab=20)
     found = one(run.generate([1] * 8))
     assert found.finish_reason == "length" and 8 + len(found.ids) <= 48
-    assert one(executable({**SPECULATIVE, "max_new_tokens": 500, "min_rows": 1}, max_length=48, vocab=20).generate([1] * 8)).ids == found.ids
+    assert (
+        one(executable({**SPECULATIVE, "max_new_tokens": 500, "min_rows": 1}, max_length=48, vocab=20).generate([1] * 8)).ids == found.ids
+    )
 
 
 # ---- what the contract decides ----

@@ -237,9 +237,9 @@ def test_statistics_add_up() -> None:
     texts, _ = generate(engine, PROMPTS, drafters=[PromptLookup().build(V), recycling()], stats=stats, chunk=4)
     assert stats.tokens == sum(map(len, texts)) - sum(map(len, PROMPTS)) == 96
     assert sum((1 + a) * n for a, n in stats.accepted.items()) == 96 - 4  # the first token of each text comes from its prompt
-    assert stats.prefill_passes == 3
-    assert stats.passes + 3 == len(engine.passes)
-    assert stats.rows == sum(rows for _, rows, _ in engine.passes[3:])
+    assert stats.prefill_passes == 4
+    assert stats.passes + 4 == len(engine.passes)
+    assert stats.rows == sum(rows for _, rows, _ in engine.passes[4:])
     assert 0 < stats.first_token_seconds < stats.total_seconds
     assert stats.total_seconds == pytest.approx(stats.host_seconds + stats.engine_seconds + stats.prefill_seconds)
 
@@ -309,3 +309,14 @@ def test_property_speculative_equals_plain(data: st.DataObject) -> None:
     assert generate(engine, prompts, decode, made, controller=controller, block=draw(st.sampled_from([None, 4, 16])), **options) == plain  # type: ignore[arg-type]
     # the same drafters and controller again: what they learned must not matter
     assert generate(engine, prompts, decode, made, controller=controller, **options) == plain  # type: ignore[arg-type]
+
+
+def test_prompts_of_a_batch_ask_for_the_outputs_of_their_last_rows_only() -> None:
+    class Watch(ToyEngine):
+        def forward(self, cache, step, **flags):  # type: ignore[no-untyped-def]
+            self.outputs = [*getattr(self, "outputs", []), step.tokens.shape[1] - step.logits_from]
+            return super().forward(cache, step, **flags)
+
+    engine = Watch(V)
+    generate(engine, [[1] * 12, [2] * 3, [3] * 30], Decode(max_new_tokens=1))
+    assert engine.outputs == [2, 2, 2]

@@ -50,9 +50,24 @@ def test_measures_what_a_pass_costs(engine: TimedEngine) -> None:
     assert table.ms(1, 16) < table.ms(4, 16) < table.ms(4, 32) < table.ms(4, 32, batch=2)
 
 
+def test_first_round_only_warms_up(engine: TimedEngine) -> None:
+    forward, seen = engine.forward, set[tuple[int, int]]()
+
+    def cold(cache: ToyCache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+        shape = int(cache.lengths.max()), step.tokens.shape[1]
+        engine.now += 0.0 if shape in seen else 1.0  # buffers of a new shape are made
+        seen.add(shape)
+        return forward(cache, step, logits=logits, top_k=top_k)
+
+    engine.forward = cold  # type: ignore[method-assign]
+    assert measure_cost(engine, rows=(2,), past=(16,), repeats=1).ms(2, 16) == pytest.approx(3.0)
+
+
 def test_rounds_are_interleaved_and_limited(engine: TimedEngine) -> None:
     shown = list[int]()
-    measure_cost(engine, rows=(1, 2), past=(16, 48), seconds=0.0, repeats=50, progress=lambda done, total: shown.append(done * 100 // total))
+    measure_cost(
+        engine, rows=(1, 2), past=(16, 48), seconds=0.0, repeats=50, progress=lambda done, total: shown.append(done * 100 // total)
+    )
     timed = [asked for asked in engine.asked if asked[1]]  # without the passes that fill the caches
     cells = {(1, past, rows) for past in (16, 48) for rows in (1, 2)}
     rounds = [timed[i : i + 4] for i in range(0, len(timed), 4)]
@@ -84,4 +99,4 @@ def test_shown_to_people() -> None:
     with progress_bar("measuring") as progress:
         table = measure_cost(ToyEngine(), rows=(1, 2), past=(4,), repeats=1, progress=progress)
     shown = cost_rows(table)
-    assert shown.row_count == 1 and [str(c.header) for c in shown.columns][2:] == ["1", "2"]
+    assert shown.row_count == 1 and [str(c.header) for c in shown.columns] == ["past", "1", "2"]

@@ -21,7 +21,10 @@ SENTENCES = [
     "Emoji such as 🙂 and 👩‍👩‍👧 take several bytes; so does the sign €.",
     "def add(a, b):\n    return a + b\n",
 ]
-TEMPLATE = """{%- for message in messages %}
+TEMPLATE = """{% if messages %}
+    {% set first = messages[0] %}
+{% endif %}
+{%- for message in messages %}
 {%- if message.role not in ['system', 'user', 'assistant'] %}{{ raise_exception('unknown role ' + message.role) }}{% endif %}
 {%- if message.content == 'skip' %}{% continue %}{% endif %}
 {{- '<|im_start|>' + message['role'] + '\n' }}
@@ -30,7 +33,11 @@ TEMPLATE = """{%- for message in messages %}
 {%- endfor %}
 {%- if tools %}{{ tools | tojson(indent=2) }}{% endif %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"""
-CHAT = [{"role": "user", "content": "Where is the <fox> & café?"}, {"role": "assistant", "content": "Here 🙂"}, {"role": "user", "content": "skip"}]
+CHAT = [
+    {"role": "user", "content": "Where is the <fox> & café?"},
+    {"role": "assistant", "content": "Here 🙂"},
+    {"role": "user", "content": "skip"},
+]
 
 
 @cache
@@ -40,7 +47,10 @@ def byte_level() -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=340, special_tokens=["<|end|>", "<|im_start|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=340,
+        special_tokens=["<|end|>", "<|im_start|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(SENTENCES, trainer)
     tokenizer.enable_truncation(4)  # what training scripts leave behind
@@ -220,6 +230,12 @@ def test_stream_is_prompt() -> None:
     ids = text.encode("a fo")
     assert "".join(decoder.push(i) for i in ids) == "a "
     assert "".join(decoder.push(i) for i in text.encode("g")) == "fog"
+
+
+def test_of_stops_that_complete_together_the_longest_counts() -> None:
+    text = texts()[0]
+    pieces, decoder = stream(text, text.encode("abcd"), ["cd", "bcd", "d"])
+    assert ("".join(pieces), decoder.stop) == ("a", "bcd")
 
 
 def test_nothing_follows_a_stop_string() -> None:

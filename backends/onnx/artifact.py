@@ -1,0 +1,65 @@
+"""Writes the artifact of the ONNX backend: graph, weights, text files, manifest, and the description that onnxruntime-genai reads."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from planc.backends.onnx.engine import OnnxEngine
+from planc.backends.onnx.lower import lower
+from planc.compiler.program import Program
+from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
+from planc.runtime.contract import Contract
+from planc.runtime.engine import Engine
+
+if TYPE_CHECKING:
+    from planc.compiler.compile import Planned
+
+
+def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callable[[Engine, int], Contract]) -> None:
+    """Write the artifact at `directory`; `finish` measures the engine that was made from it."""
+    plan, program = planned.plan, planned.program
+
+    def build(target: Path) -> Manifest:
+        lower(program, target, ops=plan.target.ops, positions=capacity)
+        for name, path in planned.model.tokenizer_files.items():
+            shutil.copyfile(path, target / name)
+        manifest = Manifest(
+            planc=metadata.version("planc"),
+            created_by="planc.compile",
+            model=planned.model.name,
+            plan=plan.to_dict(),
+            decode=plan.decode.model_dump(mode="json"),
+            backend="onnx",
+            target=plan.target.model_dump(mode="json"),
+            signature=signature(program, capacity),
+            eos_ids=planned.model.eos_ids,
+            extra={"batches": plan.target.ops == "standard" or all(s.split for s in program.states)},
+        )
+        return manifest.model_copy(update={"contract": finish(OnnxEngine(target, manifest), capacity)})
+
+    write_artifact(directory, build)
+
+
+def signature(program: Program, capacity: int) -> Signature:
+    """What a loader must know of the graph."""
+    top = program.outputs.get("top_ids")
+    return Signature(
+        vocab_size=program.info.vocab_size,
+        max_length=program.info.max_length,
+        capacity=capacity,
+        layers=len(program.states),
+        kv_heads=tuple(s.heads for s in program.states),
+        head_dims=tuple(s.key_width for s in program.states),
+        top_k=int(top.meta["val"].shape[-1]) if top is not None else 0,
+        trees=any(name.startswith("bias") for name in program.inputs),
+        taps=tuple(name for name in program.outputs if name.startswith("tap.")),
+        states=tuple(
+            StateSpec(name=f"{s.name}.{part}", dtype=str(s.dtype).removeprefix("torch."), shape=("batch", s.heads, "capacity", width))
+            for s in program.states
+            for part, width in (("key", s.key_width), ("value", s.value_width))
+        ),
+    )

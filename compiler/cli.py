@@ -1,0 +1,400 @@
+"""The command line. Names and `--json` outputs are a contract (README.md); each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from planc.runtime.errors import PlancError
+
+if TYPE_CHECKING:
+    from planc.runtime.executable import Executable, Generation
+
+DEFAULT_MODEL = "smollm2-135m"
+
+#: Exit statuses: wrong input, and Ctrl-C.
+WRONG_INPUT, INTERRUPTED = 2, 130
+
+
+class _Group(typer.core.TyperGroup):
+    """Turns an error of the user into a message and status 2, and Ctrl-C into status 130; anything else keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PlancError as error:
+            print(error, file=sys.stderr)
+            raise typer.Exit(WRONG_INPUT) from None
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    name="planc",
+    help="A compiler for inference plans: rewrite a model, decode it faster, and know how exact the result is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PlanArg = Annotated[Path, typer.Argument(metavar="PLAN", help="plan file (YAML)", show_default=False)]
+PlanOrDir = Annotated[Path, typer.Argument(metavar="PLAN|DIR", help="plan file, or an artifact", show_default=False)]
+Model = Annotated[str, typer.Option("--model", "-m", help="a name of `planc models`, a directory, a GGUF file, or a Hugging Face id")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON object last")]
+Chat = Annotated[
+    bool | None,
+    typer.Option("--chat/--raw", help="use the chat template, or take the prompt as it is [default: chat where there is a template]"),
+]
+
+
+def main() -> None:
+    """Entry point of the `planc` command."""
+    app()
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="print the version and leave")] = False) -> None:
+    if version:
+        import planc
+
+        print(planc.__version__)
+        raise typer.Exit
+
+
+@app.command()
+def run(
+    plan: PlanOrDir,
+    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input", show_default=False)],
+    model: Model = DEFAULT_MODEL,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="most tokens to make [default: the plan's]")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy [default: the plan's]")] = None,
+    top_k: Annotated[int | None, typer.Option(min=0)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    min_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    repetition_penalty: Annotated[float | None, typer.Option(min=0.0)] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="the same seed gives the same text")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")] = None,
+    chat: Chat = None,
+    compare: Annotated[bool, typer.Option("--compare/--no-compare", help="run the plain plan too, for the ratio")] = True,
+    as_json: Json = False,
+) -> None:
+    """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
+    from planc.compiler.store import open_plan
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    exe, stored = open_plan(plan, model)
+    settings: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or None,
+        "chat": chat,
+    }
+    paired = compare and exe.decode.speculative is not None
+    plain = exe.plain() if paired else None
+    if plain is not None:
+        plain.generate(text, **{**settings, "max_new_tokens": 4})  # both sides of the pair run warm
+    answer = _stream(exe, text, settings)
+    reference = plain.generate(text, **settings) if plain is not None else None
+    assert not isinstance(reference, list)
+    result = _run_result(exe, answer, reference)
+    print(f"\n{_run_line(result)}", flush=True)
+    if as_json:
+        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+
+
+def _stream(exe: Executable, prompt: str, settings: dict[str, Any]) -> Generation:
+    """Print the answer as it comes and return it."""
+    answer: Generation | None = None
+    for chunk in exe.stream(prompt, **settings):
+        print(chunk.text, end="", flush=True)
+        answer = chunk.generation or answer
+    assert answer is not None
+    return answer
+
+
+def _run_result(exe: Executable, answer: Generation, reference: Generation | None) -> dict[str, Any]:
+    report, stats = exe.report(), answer.stats
+    result: dict[str, Any] = {
+        "text": answer.text,
+        "ids": answer.ids,
+        "prompt_tokens": answer.prompt_tokens,
+        "tokens": stats.tokens,
+        "finish_reason": answer.finish_reason,
+        "tokens_per_s": round(stats.end_to_end_tokens_per_s, 2),
+        "decode_tokens_per_s": round(stats.tokens_per_s, 2),
+        "tokens_per_pass": round(stats.tokens_per_pass, 4),
+        "ttft_ms": round(stats.ttft_ms, 2),
+        "host_ms_per_step": round(stats.host_ms_per_pass, 4),
+        "exactness": report["exactness"],
+        "exactness_line": report["exactness_line"],
+        "ratio": None,
+        "plain_tokens_per_s": None,
+        "identical": None,
+    }
+    if reference is not None:
+        speed = reference.stats.end_to_end_tokens_per_s
+        result |= {
+            "ratio": round(stats.end_to_end_tokens_per_s / speed, 4) if speed else None,
+            "plain_tokens_per_s": round(speed, 2),
+            "identical": answer.ids == reference.ids,
+        }
+    return result
+
+
+def _run_line(result: dict[str, Any]) -> str:
+    parts = [f"{result['tokens']} tokens", f"{result['tokens_per_s']:.1f} tokens/s", f"first token after {result['ttft_ms']:.0f} ms"]
+    parts.append(f"{result['tokens_per_pass']:.2f} tokens per pass")
+    if result["ratio"] is not None:
+        same = "the same tokens" if result["identical"] else "OTHER TOKENS"
+        parts.append(f"{result['ratio']:.2f}x the plain plan ({result['plain_tokens_per_s']:.1f} tokens/s, {same})")
+    parts.append(f"exactness {result['exactness'] or 'not measured'}")
+    return " | ".join(parts)
+
+
+@app.command("compile")
+def compile_plan(
+    plan: PlanArg,
+    out: Annotated[Path, typer.Option("--out", "-o", help="directory to write the artifact to", show_default=False)],
+    model: Model = DEFAULT_MODEL,
+    disable: Annotated[list[str] | None, typer.Option(help="leave out this pass; may be repeated")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compile a model with a plan and write the artifact."""
+    import time
+
+    from planc.compiler.compile import compile as compile_model
+    from planc.compiler.plan import Plan
+
+    start = time.perf_counter()
+    exe = compile_model(model, Plan.from_yaml(plan), out=out, disable=tuple(disable or ()), progress=True)
+    seconds = time.perf_counter() - start
+    report = exe.report()
+    print(f"{out}: {report['bytes'] / 2**20:.1f} MiB in {seconds:.1f} s, exactness {report['exactness_line']}")
+    if as_json:
+        _print_json({"artifact": str(out), "model": model, "plan": str(plan), "compile_s": round(seconds, 2), **report})
+
+
+@app.command()
+def bench(
+    plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="plan files or artifacts", show_default=False)],
+    prompts: Annotated[str, typer.Option(help='file: JSON lines {"id", "category", "turns"}, or a prompt a line', show_default=False)],
+    model: Model = DEFAULT_MODEL,
+    limit: Annotated[int | None, typer.Option(help="prompts in all, evenly from every category")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
+    peer: Annotated[list[str] | None, typer.Option(help="compare with this library too; may be repeated")] = None,
+    peer_python: Annotated[
+        Path | None, typer.Option(help="interpreter that has the peers [default: PLANC_PEERS_PYTHON, ~/.cache/planc-peers, this one]")
+    ] = None,
+    quality: Annotated[Path | None, typer.Option(help="also measure perplexity on this text")] = None,
+    quality_tokens: Annotated[int, typer.Option(min=2, help="tokens of that text")] = 20_000,
+    chat: Chat = None,
+    output: Annotated[Path | None, typer.Option(help="also write the JSON here")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure plans against their plain form and against other libraries, on the same prompts in one run."""
+    from planc.compiler import bench as race
+    from planc.compiler.peers import peer_python as find_python
+
+    errors = Console(stderr=True)
+    options = race.Options(
+        model=model,
+        max_new_tokens=max_new_tokens,
+        peers=tuple(dict.fromkeys(peer or ())),
+        peer_python=find_python(peer_python),
+        quality=quality,
+        quality_tokens=quality_tokens,
+        chat=chat,
+    )
+    result = race.bench(plans, race.load_prompts(prompts, limit), options, lambda line: errors.print(line, markup=False, highlight=False))
+    if output is not None:
+        race.save(result, output)
+    console = _console()
+    console.print(race.table(result))
+    if len(result["categories"]) > 1:
+        console.print(race.category_table(result))
+    if as_json:
+        _print_json(result)
+
+
+@app.command()
+def check(plan: PlanArg, as_json: Json = False) -> None:
+    """Validate a plan and print its passes, with those that it demands, in the order in which they run."""
+    from planc.compiler.compile import demanded
+    from planc.compiler.pipeline import ordered
+    from planc.compiler.plan import Plan
+
+    checked = Plan.from_yaml(plan)
+    named = {item.key for item in checked.passes}
+    rows = [
+        {"name": item.key, "stage": item.stage.name.lower(), "options": item.item()[item.key], "demanded": item.key not in named}
+        for item in ordered(demanded(checked))
+    ]
+    for number, row in enumerate(rows, 1):
+        options = ", ".join(f"{name}={value}" for name, value in row["options"].items())
+        print(f"{number}. {row['stage']:<10} {row['name']}{f' ({options})' if options else ''}{' (demanded)' if row['demanded'] else ''}")
+    speculative = checked.decode.speculative
+    drafters = ", ".join(drafter.key for drafter in speculative.drafter) if speculative is not None else ""
+    print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
+    print(f"target: {checked.target.backend} on {checked.target.device}")
+    print(f"{plan}: the plan is valid")
+    if as_json:
+        _print_json({"valid": True, "plan": checked.to_dict(), "passes": rows})
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of plans, for editors."""
+    from planc.compiler.plan import Plan
+
+    print(json.dumps(Plan.schema(), indent=2))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models that can be had by name."""
+    from planc.compiler.models import models as known
+
+    rows = [vars(model) for model in known()]
+    _print_table(("name", "state", "megabytes", "licence", "about"), rows)
+    if as_json:
+        _print_json({"models": rows})
+
+
+@app.command()
+def passes(as_json: Json = False) -> None:
+    """List what a plan can name: passes, drafters and policies."""
+    from importlib import import_module
+
+    from planc.compiler.plan import Plan
+    from planc.runtime.registry import kinds, parts
+
+    Plan()  # registers every part
+    import_module("planc.runtime.drafters")
+    rows: list[dict[str, Any]] = []
+    for kind in kinds():
+        for key, part in sorted(parts(kind).items(), key=lambda entry: (getattr(entry[1], "stage", 0), entry[0])):
+            about = (part.__doc__ or "").strip().split("\n")[0]
+            stage = getattr(part, "stage", None)
+            rows.append(
+                {
+                    "name": key,
+                    "kind": kind,
+                    "stage": stage.name.lower() if stage is not None else "",
+                    "options": list(part.model_fields),
+                    "about": about,
+                }
+            )
+    _print_table(("name", "kind", "stage", "options", "about"), rows)
+    if as_json:
+        _print_json({"passes": rows})
+
+
+@app.command()
+def papers(
+    run_checks: Annotated[bool, typer.Option("--run", help="run the checks and write benchmarks/results/papers.json")] = False,
+    only: Annotated[list[int] | None, typer.Option(help="with --run: only this paper; may be repeated")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the 87 methods: plan, state, and what was measured."""
+    from planc.compiler import papers as catalogue
+
+    if run_checks:
+        catalogue.run(only or None, lambda line: print(line, file=sys.stderr))
+    rows = catalogue.listing()
+    _print_table(("number", "name", "status", "plan", "summary"), rows)
+    counts = {status: sum(row["status"] == status for row in rows) for status in catalogue.STATUSES}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()))
+    if as_json:
+        _print_json({"papers": rows, "counts": counts})
+
+
+@app.command()
+def profile(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="artifact", show_default=False)],
+    seconds: Annotated[float, typer.Option(min=0.1, help="time for measuring")] = 6.0,
+    write: Annotated[bool, typer.Option("--write/--no-write", help="store the new table in the manifest")] = True,
+    as_json: Json = False,
+) -> None:
+    """Measure what a pass costs on this machine and store it in the artifact."""
+    from planc import load
+    from planc.runtime.artifact import write_manifest
+    from planc.runtime.contract import hardware
+    from planc.runtime.profile import cost_rows, measure_cost, progress_bar
+
+    exe = load(directory)
+    assert exe.manifest is not None
+    with progress_bar("measuring passes") as show:
+        cost = measure_cost(exe.engine, capacity=min(exe.capacity, 1024), seconds=seconds, progress=show)
+    contract = exe.contract.model_copy(update={"cost": cost, "hardware": hardware()})
+    if write:
+        write_manifest(directory, exe.manifest.model_copy(update={"contract": contract}))
+    _console().print(cost_rows(cost))
+    print(f"exactness {exe.report()['exactness_line']}")
+    if as_json:
+        _print_json({"artifact": str(directory), "written": write, "contract": contract.model_dump(mode="json")})
+
+
+@app.command()
+def explain(
+    plan: PlanArg,
+    model: Model = DEFAULT_MODEL,
+    html: Annotated[Path | None, typer.Option(help="also write the table as a page")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show what every pass of a plan does to a model: nodes, parameters, bytes and FLOPs before and after."""
+    from planc.compiler import explain as explaining
+    from planc.compiler.plan import Plan
+
+    steps = explaining.explain(model, Plan.from_yaml(plan))
+    title = f"{plan.stem} on {model}"
+    _console().print(explaining.table(steps, title))
+    if html is not None:
+        explaining.write_html(html, steps, title)
+    if as_json:
+        _print_json({"plan": str(plan), "model": model, "steps": [step.as_dict() for step in steps]})
+
+
+# ---- output ------------------------------------------------------------------------------------------------------------------------
+
+
+def _console() -> Console:
+    """For tables on stdout: as wide as the terminal, and never cut when the output goes to a file."""
+    console = Console(highlight=False)
+    return console if console.is_terminal else Console(highlight=False, width=200)
+
+
+def _print_table(columns: tuple[str, ...], rows: Iterable[dict[str, Any]]) -> None:
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(_text(row.get(column)) for column in columns))
+    _console().print(table)
+
+
+def _text(value: Any) -> Text:
+    if value is None:
+        return Text("")
+    return Text(", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value))  # a `[` in a text is no markup
+
+
+def _print_json(value: dict[str, Any]) -> None:
+    """The last line of stdout."""
+    print(json.dumps(value, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+if __name__ == "__main__":
+    main()

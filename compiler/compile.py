@@ -1,0 +1,205 @@
+"""`planc.compile`: model and plan in, executable out. The whole way through the house on one page."""
+
+from __future__ import annotations
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from planc.backends.onnx.artifact import write_onnx
+from planc.backends.reference import ReferenceEngine
+from planc.compiler.models import LoadedModel, load_model
+from planc.compiler.passbase import Context, Pass
+from planc.compiler.pipeline import run_passes
+from planc.compiler.plan import Plan
+from planc.compiler.program import ModelInfo, Program
+from planc.compiler.raising import raise_program
+from planc.compiler.trace import trace
+from planc.compiler.verify import verify
+from planc.passes.argmax import Argmax
+from planc.passes.fuse_projections import FuseProjections
+from planc.passes.kv_cache import KvCache
+from planc.passes.logits_rows import LogitsRows
+from planc.passes.top_k import TopK
+from planc.runtime.contract import Contract, PassEffect, hardware
+from planc.runtime.errors import PlanError
+from planc.runtime.executable import Executable
+from planc.runtime.registry import parts
+from planc.runtime.text import Text
+
+DEFAULT_CAPACITY = 4096  # cache slots when the plan names none and the model allows more
+SAMPLE_ROWS = 12  # tokens per sequence on which passes are compared
+_CALIBRATION = Path(__file__).with_name("calibration.txt")
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A program with all rewrites of a plan, not lowered yet."""
+
+    program: Program
+    effects: tuple[PassEffect, ...]
+    model: LoadedModel
+    plan: Plan
+    text_ids: tuple[int, ...]  # real text for probes: calibration text, or the model's own numbers where there is no tokenizer
+
+
+def compile(
+    model: str | Path | nn.Module,
+    plan: Plan | str | Path | dict[str, Any] | None = None,
+    *,
+    out: str | Path | None = None,
+    tokenizer: str | Path | Any | None = None,
+    calibration: Tensor | None = None,
+    disable: Sequence[str] = (),
+    measure: bool = True,
+    progress: bool = False,
+) -> Executable:
+    """Compile a causal language model by a plan.
+
+    Args:
+        model: a name of `planc models`, a directory, a GGUF file, a Hugging Face id or a module of transformers.
+        plan: a `Plan`, its YAML file, or plain data; None is the empty plan.
+        out: directory of the artifact; None keeps it in a temporary directory until the process ends.
+        tokenizer: overrides the model's own.
+        calibration: token ids [S, L] int64 for passes that calibrate; None takes a text that comes with planc.
+        disable: keys of passes to leave out.
+        measure: probe exactness and measure the cost table (about 15 s for 135M parameters on two cores).
+        progress: show a progress bar on stderr.
+
+    Raises PlanError, ModelError or CompileError; each names the place and the fix. Nothing is left at `out` then.
+    """
+    from planc.compiler.measure import measured, stages
+
+    with stages(progress) as note:
+        planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
+        finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)
+        if planned.plan.target.backend == "reference":
+            return _reference(planned, finish)
+        if planned.plan.target.backend != "onnx":
+            raise PlanError(
+                "backend-missing",
+                f"there is no {planned.plan.target.backend} engine for language models in this release",
+                plan=planned.plan.where("target", "backend"),
+                fix="use `backend: onnx` or `backend: reference`",
+            )
+        directory = Path(out) if out is not None else _temporary()
+        note("lowering to ONNX")
+        write_onnx(planned, directory, _capacity(planned), finish)
+    from planc._load import load
+
+    return load(directory, verify=False)
+
+
+def rewrite(
+    model: str | Path | nn.Module,
+    plan: Plan | str | Path | dict[str, Any] | None = None,
+    *,
+    tokenizer: str | Path | Any | None = None,
+    calibration: Tensor | None = None,
+    disable: Sequence[str] = (),
+    check: bool = True,
+    note: Callable[[str], None] = lambda text: None,
+) -> Planned:
+    """The first half of `compile`: load, trace, raise and apply all passes."""
+    chosen = _plan(plan)
+    passes = demanded(chosen, disable)
+    note("loading the model")
+    loaded = load_model(model, tokenizer=tokenizer)
+    note("tracing")
+    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
+    program = raise_program(trace(loaded.module, info))
+    verify(program, "raising")
+    ids = _text_ids(loaded)
+    context = Context(calibration if calibration is not None else _blocks(ids), None)
+    sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
+    program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
+    return Planned(program, effects, loaded, chosen, ids)
+
+
+def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
+    """The plan's passes and those that its passes and its decode section demand.
+
+    Raises PlanError[plan-unknown-name] for a name in `disable` that is no pass.
+    """
+    if unknown := [name for name in disable if name not in parts("pass")]:
+        raise PlanError("plan-unknown-name", f"there is no pass {unknown[0]!r} to disable", fix="see `planc passes`")
+    passes: list[Pass] = list(plan.passes)
+    have = {p.key for p in passes}
+    if any("fuse_projections" in p.demands for p in passes) and "fuse_projections" not in have:
+        passes.append(FuseProjections())
+    trees = tree_form(plan)
+    if "kv_cache" not in have:
+        passes.append(KvCache(trees=trees))
+    passes = [p.model_copy(update={"trees": trees}) if isinstance(p, KvCache) and p.trees == "auto" else p for p in passes]
+    passes += [LogitsRows(), Argmax()]
+    speculative = plan.decode.speculative
+    width = max((d.needs_top_k for d in speculative.drafter), default=0) if speculative else 0
+    if width and "top_k" not in have:
+        passes.append(TopK(k=width))
+    return [p for p in passes if p.key not in disable]
+
+
+def tree_form(plan: Plan) -> Literal["none", "fused", "split"]:
+    """The form of attention that the decode section needs: none for chains; trees whose rows may differ in the last bits, or may not."""
+    speculative = plan.decode.speculative
+    if speculative is None or speculative.tree.shape == "chain":
+        return "none"
+    if plan.exactness == "tokens":
+        return "fused"
+    return "split" if speculative.tree.shape == "tree" else "none"
+
+
+def _plan(plan: Plan | str | Path | dict[str, Any] | None) -> Plan:
+    if isinstance(plan, Plan):
+        return plan
+    if plan is None:
+        return Plan()
+    return Plan.from_dict(plan) if isinstance(plan, dict) else Plan.from_yaml(plan)
+
+
+def _text_ids(model: LoadedModel) -> tuple[int, ...]:
+    """Token ids of the calibration text; evenly spread ids where the model has no tokenizer."""
+    if "tokenizer.json" in model.tokenizer_files:
+        return tuple(_text(model).encode(_CALIBRATION.read_text(encoding="utf-8")))
+    return tuple(int(i) for i in torch.randint(0, model.vocab_size, (768,), generator=torch.Generator().manual_seed(0)))
+
+
+def _text(model: LoadedModel) -> Text:
+    """The model's text side; its files lie in one directory."""
+    files = model.tokenizer_files
+    return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
+
+
+def _blocks(ids: Sequence[int], length: int = 256, most: int = 4) -> Tensor:
+    """[S, L] ids for calibration."""
+    count = max(1, min(most, len(ids) // length))
+    length = min(length, len(ids))
+    return torch.tensor(ids[: count * length]).reshape(count, length)
+
+
+def _capacity(planned: Planned) -> int:
+    cache = next((p for p in planned.plan.passes if isinstance(p, KvCache)), None)
+    wanted = planned.plan.target.capacity or (cache.capacity if cache else None) or DEFAULT_CAPACITY
+    return min(wanted, planned.program.info.max_length)
+
+
+def _unmeasured(planned: Planned) -> Contract:
+    return Contract(effects=planned.effects, hardware=hardware())
+
+
+def _reference(planned: Planned, finish: Callable[[Any, Any], Contract]) -> Executable:
+    engine = ReferenceEngine(planned.program)
+    return Executable(engine, _text(planned.model), planned.plan.decode, finish(engine, _capacity(planned)))
+
+
+def _temporary() -> Path:
+    directory = Path(tempfile.mkdtemp(prefix="planc-"))
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return directory / "artifact"

@@ -1,0 +1,185 @@
+"""`planc explain`: what every step of the pipeline does to a model, as a table of nodes, parameters, bytes and FLOPs."""
+
+from __future__ import annotations
+
+import html as markup
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planc.runtime.errors import InputError
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+    from planc.compiler.plan import Plan
+    from planc.compiler.program import Program
+
+PAST = 512  #: cached tokens that attention is counted with
+
+_PRODUCTS = {"linear", "linear_int8", "linear_blocks", "mm", "matmul", "bmm"}
+_ATTENTION = {"attention", "cached_attention"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The program after one step. Counts are of the graph that runs every pass."""
+
+    name: str
+    nodes: int
+    calls: int  # nodes that compute
+    parameters: int  # elements of all stored tensors, scales included
+    bytes: int
+    flops: int  # of one row behind `PAST` cached tokens: products and attention
+    matched: int | None = None
+    rewritten: int | None = None
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for `--json`."""
+        return {**asdict(self), "notes": list(self.notes), "past": PAST}
+
+
+def explain(model: str, plan: Plan) -> list[Step]:
+    """The steps of compiling `model` with `plan`, from the traced program on."""
+    return list(_measured(_programs(model, plan)))
+
+
+def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
+    """The program after each step, as `planc.compile` makes it; not probed."""
+    from planc.compiler.compile import _blocks, _text_ids, demanded
+    from planc.compiler.models import load_model
+    from planc.compiler.passbase import Context
+    from planc.compiler.pipeline import ordered, run_passes
+    from planc.compiler.program import ModelInfo
+    from planc.compiler.raising import raise_program
+    from planc.compiler.trace import trace
+
+    passes = ordered(demanded(plan))
+    loaded = load_model(model)
+    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
+    program = trace(loaded.module, info)
+    yield "trace", program
+    program = raise_program(program)
+    yield "raise", program
+    context = Context(_blocks(_text_ids(loaded)), None)
+    for part in passes:
+        program, _ = run_passes(program, [part], context)
+        yield part.key, program
+
+
+def _measured(programs: Iterable[tuple[str, Program]]) -> Iterator[Step]:
+    known = 0
+    for name, program in programs:
+        yield measure(name, program, changed=len(program.history) > known)
+        known = len(program.history)
+
+
+def measure(name: str, program: Program, *, changed: bool = False) -> Step:
+    """Count a program. `changed`: its last history entry belongs to this step."""
+    nodes = list(program.main.nodes)
+    used = {str(node.target) for graph in program.graphs.values() for node in graph.nodes if node.op == "get_attr"}
+    change = program.history[-1] if changed else None
+    return Step(
+        name,
+        len(nodes),
+        sum(node.op == "call_function" for node in nodes),
+        sum(program.params[key].numel() for key in used),
+        program.bytes(),
+        sum(map(_flops, nodes)),
+        change.matched if change else None,
+        change.rewritten if change else None,
+        change.notes if change else (),
+    )
+
+
+def _flops(node: Node) -> int:
+    """Multiplications and additions of one row: symbolic dimensions count as 1."""
+    if node.op != "call_function":
+        return 0
+    name = getattr(node.target, "__name__", str(node.target)).split(".")[0]
+    if name in _PRODUCTS or name == "addmm":
+        first = node.all_input_nodes[0] if name != "addmm" else node.args[1]
+        return 2 * _size(node.meta["val"].shape) * _fixed(first.meta["val"].shape[-1])  # type: ignore[union-attr]
+    if name in _ATTENTION:
+        q, v = node.args[0].meta["val"], node.args[2].meta["val"]  # type: ignore[union-attr]
+        return 2 * _fixed(q.shape[-2]) * (_fixed(q.shape[-1]) + _fixed(v.shape[-1])) * PAST
+    if name in ("conv2d", "conv1d", "convolution"):
+        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+        return 2 * _size(node.meta["val"].shape) * _size(weight.shape[1:])
+    return 0
+
+
+def _size(shape: Iterable[Any]) -> int:
+    total = 1
+    for dimension in shape:
+        total *= _fixed(dimension)
+    return total
+
+
+def _fixed(dimension: Any) -> int:
+    return dimension if isinstance(dimension, int) else 1
+
+
+# ---- for people --------------------------------------------------------------------------------------------------------------------
+
+_COLUMNS = ("step", "nodes", "parameters", "MiB", "MFLOP/token", "rewritten", "notes")
+
+
+def _cells(step: Step, before: Step | None) -> list[str]:
+    def delta(now: float, then: float | None) -> str:
+        return "" if then is None or now == then or not then else f" ({now / then - 1:+.1%})"
+
+    hits = "" if step.matched is None else f"{step.rewritten}/{step.matched}"
+    return [
+        step.name,
+        str(step.nodes) + delta(step.nodes, before.nodes if before else None),
+        f"{step.parameters / 1e6:.2f} M",
+        f"{step.bytes / 2**20:.1f}" + delta(step.bytes, before.bytes if before else None),
+        f"{step.flops / 1e6:.1f}" + delta(step.flops, before.flops if before else None),
+        hits,
+        "; ".join(step.notes),
+    ]
+
+
+def _rows(steps: list[Step]) -> list[list[str]]:
+    return [_cells(step, steps[index - 1] if index else None) for index, step in enumerate(steps)]
+
+
+def table(steps: list[Step], title: str) -> Any:
+    """The steps as a rich table."""
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table(title=title, title_justify="left")
+    for index, name in enumerate(_COLUMNS):
+        shown.add_column(name, justify="right" if 0 < index < 6 else "left")
+    for row in _rows(steps):
+        shown.add_row(*map(Text, row))
+    return shown
+
+
+def write_html(path: Path, steps: list[Step], title: str) -> None:
+    """The steps as a page that needs no other file; complete or not at all."""
+    head = "".join(f"<th>{markup.escape(name)}</th>" for name in _COLUMNS)
+    body = "\n".join("<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(steps))
+    style = (
+        "body{font:15px/1.4 sans-serif;margin:2rem}table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;"
+        "text-align:right}td:first-child,th:first-child,td:last-child,th:last-child{text-align:left}"
+    )
+    page = (
+        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{markup.escape(title)}</title>\n<style>{style}</style>\n'
+        f"<h1>{markup.escape(title)}</h1>\n<p>FLOPs are those of one token behind {PAST} cached ones.</p>\n"
+        f"<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
+    )
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(page, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise InputError("input-invalid", f"{path} cannot be written: {error.strerror}", where="--html") from error
+    finally:
+        partial.unlink(missing_ok=True)

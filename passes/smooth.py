@@ -1,0 +1,144 @@
+"""Fold per-channel scales through the graph so that activations quantise well.
+
+Matches   linear(producer(x)), producer one of rms_norm, layer_norm (weight and bias), glu (its up product), attention (its value product)
+Produces  linear with columns * s, producer with channels / s
+Keeps     the function, exactly but for rounding
+Paper     SmoothQuant (Xiao et al. 2023) gives the folding. The scales here are s = sqrt(rms(x) / ||W column||): with one quantisation step per
+          row and per output, the expected error is a product of two sums that Cauchy-Schwarz minimises there.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field
+from torch import Tensor
+from torch.fx import Node
+
+from planc.compiler.calibration import mean_squares
+from planc.compiler.dialect import OPS
+from planc.compiler.passbase import EXACT, Context, Effect, Pass, Stage
+from planc.compiler.program import Editor, Program
+from planc.runtime.errors import CompileError
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class _Site:
+    """Products that read one value, and the parameters that scale its channels."""
+
+    x: Node
+    products: tuple[Node, ...]
+    rows: tuple[tuple[Node, int], ...]  # (node, argument) of parameters whose first axis runs over the channels
+    heads: tuple[int, int, int] | None = None  # (kv heads, queries per kv head, width) where channels are tied across heads
+    offset: int = 0  # first row of the value product inside a joined weight
+
+
+class Smooth(Pass):
+    """Move activation outliers into the weights before quantisation."""
+
+    stage: ClassVar[Stage] = Stage.NUMERICS
+    calibrates: ClassVar[bool] = True
+    alpha: float = Field(default=0.5, ge=0.0, le=1.0, description="0 keeps activations, 1 flattens them fully; s = rms(x)^alpha / ||W||^(1-alpha)")
+
+    @property
+    def effect(self) -> Effect:
+        """Exact up to rounding of the scales."""
+        return Effect("exact", 2e-4)
+
+    def apply(self, program: Program, context: Context) -> Program:
+        """Measure the inputs once, then fold."""
+        if any(c.pass_name == self.key for c in program.history):
+            return program
+        if context.calibration is None:
+            raise CompileError("pass-refused", "smooth needs text to calibrate on, but the model has no tokenizer", fix="pass calibration=ids to compile")
+        sites = [s for s in map(_site, _inputs(program)) if s is not None]
+        squares = mean_squares(program, [s.x for s in sites], context.calibration, context.progress)
+        edit = program.edit(self.key)
+        for site in sites:
+            self._fold(edit, site, squares[site.x])
+        return edit.done(len(_inputs(program)), len(sites))
+
+    def _fold(self, edit: Editor, site: _Site, square: Tensor) -> None:
+        weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]  # type: ignore[union-attr]
+        columns = sum(w.double().pow(2).sum(0) for w in weights).sqrt()  # type: ignore[union-attr]
+        rms = square.double().sqrt()
+        if site.heads:  # query heads of a group share the value channels
+            groups, queries, width = site.heads
+            rms, columns = (v.reshape(groups, queries, width).amax(1).reshape(-1) for v in (rms, columns))
+        scale = rms.clamp(min=1e-6) ** self.alpha / columns.clamp(min=1e-6) ** (1 - self.alpha)
+        scale = (scale / scale.log().mean().exp()).clamp(1e-3, 1e3).float()
+        spread = scale
+        if site.heads:
+            spread = scale.reshape(groups, 1, width).expand(groups, queries, width).reshape(-1)
+        for product in site.products:
+            _swap(edit, edit[product], 1, lambda w: w * spread, "*s")
+        for owner, index in site.rows:
+            _swap(edit, edit[owner], index, lambda p: _divide(p, scale, site.offset), "/s")
+
+
+def _divide(parameter: Tensor, scale: Tensor, offset: int) -> Tensor:
+    out = parameter.clone()
+    rows = slice(offset, offset + len(scale))
+    out[rows] = out[rows] / (scale[:, None] if out.dim() == 2 else scale)
+    return out
+
+
+def _swap(edit: Editor, node: Node, index: int, change: Any, mark: str) -> None:
+    """Let one user read a changed copy of a parameter (another user, such as a tied embedding, keeps the old one)."""
+    old = node.args[index]
+    with edit.before(node):
+        new = edit.param(f"{old.target}{mark}", change(edit.params[str(old.target)]))  # type: ignore[union-attr]
+    node.update_arg(index, new)
+
+
+def _inputs(program: Program) -> list[Node]:
+    """Values that dense products read, in order."""
+    return list(dict.fromkeys(n.args[0] for n in program.main.nodes if n.target is aten.linear.default))  # type: ignore[misc]
+
+
+def _site(x: Node) -> _Site | None:
+    users = list(x.users)
+    products = tuple(u for u in users if u.target is aten.linear.default and u.args[0] is x)
+    if len(products) != len(users):
+        return None
+    if x.target in (OPS.rms_norm.default, aten.layer_norm.default):
+        first = 1 if x.target is OPS.rms_norm.default else 2
+        return _sited(x, products, x, first)
+    if x.target is OPS.glu.default:
+        return _produced(x, products, x.args[1])
+    if x.target is aten.reshape.default and getattr(x.args[0], "target", None) is OPS.attention.default:
+        attention = x.args[0]
+        value = attention.args[2]  # type: ignore[union-attr]
+        if value.target is not aten.view.default:  # type: ignore[union-attr]
+            return None
+        heads, groups = attention.args[0].meta["val"].shape[2], value.meta["val"].shape[2]  # type: ignore[union-attr]
+        return _produced(x, products, value.args[0], (int(groups), int(heads // groups), int(value.meta["val"].shape[3])))  # type: ignore[union-attr]
+    return None
+
+
+def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int, int, int] | None = None) -> _Site | None:
+    """The site whose channels come from a product, whole or as one part of a joined one."""
+    if len(source.users) != 1:
+        return None
+    offset = 0
+    if source.target is operator.getitem and source.args[0].target in (aten.split_with_sizes.default, aten.chunk.default, aten.split.Tensor):
+        parts = source.args[0].meta["val"]
+        offset = sum(int(p.shape[-1]) for p in parts[: source.args[1]])
+        source = source.args[0].args[0]
+    elif source.target is aten.slice.Tensor and source.args[1] == 2:
+        offset, source = source.args[2], source.args[0]
+    if getattr(source, "target", None) is not aten.linear.default:
+        return None
+    return _sited(x, products, source, 1, heads, offset)
+
+
+def _sited(x: Node, products: tuple[Node, ...], owner: Node, first: int, heads: tuple[int, int, int] | None = None, offset: int = 0) -> _Site | None:
+    """The site whose channels are scaled by the parameters of `owner` from argument `first` on; None when another node reads them too."""
+    rows = tuple((owner, first + i) for i, a in enumerate(owner.args[first : first + 2]) if isinstance(a, Node))
+    free = rows and all(len(owner.args[i].users) == 1 for _, i in rows)  # type: ignore[union-attr]
+    return _Site(x, products, rows, heads, offset) if free else None
