@@ -177,7 +177,7 @@ def _text(model: LoadedModel) -> Text:
     return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
 
 
-def _blocks(ids: Sequence[int], length: int = 256, most: int = 4) -> Tensor:
+def _blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> Tensor:
     """[S, L] ids for calibration."""
     count = max(1, min(most, len(ids) // length))
     length = min(length, len(ids))

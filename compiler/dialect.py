@@ -6,6 +6,9 @@ Everything a backend must know stands in the arguments; the torch code below is 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,11 +17,17 @@ NAMESPACE = "planc"
 MASKED = torch.finfo(torch.float32).min
 
 
-def _op(name: str, fake) -> object:  # type: ignore[no-untyped-def]
-    def register(function):  # type: ignore[no-untyped-def]
-        op = torch.library.custom_op(f"{NAMESPACE}::{name}", function, mutates_args=())
-        op.register_fake(fake)
-        return op
+_LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
+    """Define `planc::name` from its reference. Registered below autograd (planc never differentiates), which keeps a call cheap."""
+
+    def register(reference: Callable[..., Any]) -> Any:
+        _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+        _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        return getattr(torch.ops.planc, name)
 
     return register
 
@@ -150,7 +159,8 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
 def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """x [..., K] quantised per row times weight [N,K] int8 with one scale [N] per output; products and sums are exact integers."""
     values, row_scale = quantize_rows(x.float())
-    sums = torch.matmul(values.double(), weight.double().t()).float()
+    flat = values.reshape(-1, values.shape[-1]).to(torch.int8)
+    sums = torch._int_mm(flat, weight.t()).float().reshape(*values.shape[:-1], -1)
     out = sums * (row_scale * scale)
     return (out if bias is None else out + bias).to(x.dtype)
 

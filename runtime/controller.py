@@ -77,7 +77,8 @@ class Controller:
 
         `lengths` are the committed slots of the sequences, `room` the rows that fit into the cache, `batch` the sequences of the pass,
         those that are finished included. Siblings are taken if the plan says `tree`, or leaves the shape open and `trees` allows them; a
-        step with siblings ends before the next multiple of `block` slots, a chain may cross it. All sequences get the same n, because the pass is as wide as its widest draft.
+        step with siblings ends before the next multiple of `block` slots, a chain may cross it. All sequences get the same n, because the
+        pass is as wide as its widest draft.
         """
         most = max(0, min(room, max(len(draft) for draft in drafts)) - 1)
         reaches = [draft.reach() for draft in drafts]

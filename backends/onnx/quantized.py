@@ -11,12 +11,18 @@ from planc.compiler.dialect import OPS
 
 
 def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
-    """x [..., K] float as uint8 around 128, and the scale of each row [..., 1]. Products that read the same x share both."""
+    """x [..., K] float as uint8 around 128, and the scale of each row [..., 1]. Products that read the same x share both.
+
+    QuantizeLinear with one block per row does division, rounding and shift in one node. A row of zeros has scale 0: whatever integers it
+    becomes are multiplied by 0 again.
+    """
 
     def make() -> str:
-        peak = b.op("ReduceMax", b.op("Abs", x), b.const([-1], np.int64), keepdims=1)
-        scale = b.op("Max", b.op("Mul", peak, b.const(1.0 / 127.0)), b.const(1e-30))
-        values = b.op("QuantizeLinear", b.op("Div", x, scale), b.const(1.0), b.const(128, np.uint8))
+        width, rank = int(x.meta["val"].shape[-1]), x.meta["val"].dim()
+        scale = b.op("Mul", b.op("ReduceMax", b.op("Abs", x), b.const([-1], np.int64), keepdims=1), b.const(1.0 / 127.0))
+        sizes = str(x.meta["val"].shape[:-1])
+        zeros = b.once(("row zeros", sizes), lambda: b.op("Expand", b.const([128], np.uint8), b.op("Shape", scale)))
+        values = b.op("QuantizeLinear", x, scale, zeros, axis=rank - 1, block_size=width)
         b.values["rows", x] = (values, scale)  # type: ignore[index]
         return values  # type: ignore[no-any-return]
 
@@ -28,22 +34,40 @@ def _linear_int8(b: Builder, n: Node) -> str:
     x, weight, scale, bias = n.args
     assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(scale, Node)
     values, row_scale = quantized_rows(b, x)
-    stored = b.param(str(weight.target), lambda w: w.T, ".T")
-    sums = b.op("MatMulInteger", values, stored, b.const(128, np.uint8))
-    wide = b.op("Cast", sums, to=TensorProto.FLOAT)
-    out = b.op("Mul", b.op("Mul", wide, row_scale), scale)
+    stored, middle = b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8)
+    product = b.op("MatMulIntegerToFloat", values, stored, b.const(1.0), scale, middle, domain=MICROSOFT)
+    out = b.op("Mul", product, row_scale)
+    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+
+
+def _linear_int8_standard(b: Builder, n: Node) -> str:
+    x, weight, scale, bias = n.args
+    assert isinstance(x, Node) and isinstance(weight, Node)
+    values, row_scale = quantized_rows(b, x)
+    sums = b.op("MatMulInteger", values, b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8))
+    out = b.op("Mul", b.op("Mul", b.op("Cast", sums, to=TensorProto.FLOAT), scale), row_scale)
     return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
 
 
 def _linear_blocks(b: Builder, n: Node) -> str:
+    """MatMulNBits, whose fast path knows only whole zero points: w = s * (q - 8) + (8 - zero) * s, and the second part is constant inside a
+    block, so it becomes a small product with the block sums of x."""
     x, packed, scales, zeros, bias, bits, block = n.args
+    width = int(block)  # type: ignore[call-overload]
     inputs, outputs = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])  # type: ignore[union-attr]
     flat_scales = b.param(str(scales.target), lambda s: s.reshape(-1), ".flat")  # type: ignore[union-attr]
-    flat_zeros = None if zeros is None else b.param(str(zeros.target), lambda z: z.reshape(-1), ".flat")  # type: ignore[union-attr]
-    return b.op(  # type: ignore[no-any-return]
-        "MatMulNBits", x, packed, flat_scales, flat_zeros, None, bias,
-        domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block, accuracy_level=4,
+    out = b.op(
+        "MatMulNBits", x, packed, flat_scales, None, None, bias,
+        domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=width, accuracy_level=4,
     )  # fmt: skip
+    if zeros is None:
+        return out  # type: ignore[no-any-return]
+    middle = 2 ** (int(bits) - 1)  # type: ignore[call-overload]
+    shift = ((middle - b.array(str(zeros.target))) * b.array(str(scales.target))).T  # type: ignore[union-attr]
+    cut = b.op("Reshape", x, b.const([0] * (x.meta["val"].dim() - 1) + [inputs // width, width], np.int64))  # type: ignore[union-attr]
+    sums = b.op("ReduceSum", cut, b.const([-1], np.int64), keepdims=0)
+    rest = b.op("MatMul", sums, b.tensor(f"{packed.target}.shift", np.ascontiguousarray(shift, dtype=np.float32)))  # type: ignore[union-attr]
+    return b.op("Add", out, rest)  # type: ignore[no-any-return]
 
 
 def _embedding_int8(b: Builder, n: Node) -> str:
@@ -79,4 +103,8 @@ def _linear_blocks_standard(b: Builder, n: Node) -> str:
     return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
 
 
-STANDARD_TABLE: dict[object, Lowering] = {**TABLE, OPS.linear_blocks.default: _linear_blocks_standard}
+STANDARD_TABLE: dict[object, Lowering] = {
+    **TABLE,
+    OPS.linear_int8.default: _linear_int8_standard,
+    OPS.linear_blocks.default: _linear_blocks_standard,
+}
