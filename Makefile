@@ -49,8 +49,8 @@ format: setup  ## let ruff fix and format
 bench: setup  ## paired speed of PLANS against the plain plan, on the prompts in PLANC_DATA
 	$(BIN)/planc bench $(PLANS) --model $(MODEL) --prompts $(PLANC_DATA)/spec_bench/prompts.jsonl --limit 18
 
-papers: setup  ## the table of methods and their state
-	$(BIN)/planc papers
+papers: setup  ## run the check of every method and rewrite the table in benchmarks/results
+	$(BIN)/planc papers --run
 
 gpu: setup  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu

@@ -10,15 +10,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import transformers
+import yaml
 from torch import Tensor, nn
 
 from planc.backends.onnx.artifact import signature
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.lower import lower
 from planc.compiler.passbase import Context, Pass
+from planc.compiler.printer import show
 from planc.compiler.program import ModelInfo, Program
 from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace
+from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
 from planc.passes.kv_cache import KvCache
 from planc.passes.logits_rows import LogitsRows
@@ -127,6 +130,33 @@ def apply(program: Program, *passes: Pass, context: Context | None = None) -> Pr
     return program
 
 
+def applied(part: Pass, program: Program, context: Context | None = None) -> Program:
+    """The program after one pass, with the promises of every pass checked.
+
+    The result verifies, the input is untouched, the history is honest and a second run finds nothing to do.
+    """
+    context = context or Context()
+    before, versions = show(program), {name: value._version for name, value in program.params.items()}
+    new = part.apply(program, context)
+    assert show(program) == before
+    assert {name: value._version for name, value in program.params.items()} == versions, "a parameter was changed in place"
+    verify(new, part.key, tuple(program.outputs))
+    if new is program:
+        return new
+    assert new.history[:-1] == program.history
+    assert new.history[-1].pass_name == part.key and 0 < new.history[-1].rewritten <= new.history[-1].matched
+    assert show(new) != before or any(name not in program.params for name in new.params)
+    again = part.apply(new, context)
+    assert again.history == new.history and show(again) == show(new)
+    return new
+
+
+def before_and_after(part: Pass, program: Program, context: Context | None = None) -> str:
+    """Text of a golden file: the plan line, and the program before and after the pass."""
+    line = yaml.safe_dump([part.item()], default_flow_style=None).strip()
+    return f"plan\n  {line}\n\nbefore\n{show(program)}\nafter\n{show(applied(part, program, context))}"
+
+
 def decoding(program: Program, trees: Literal["none", "fused", "split"] = "none") -> Program:
     """The program with cache and all outputs that loops read."""
     return apply(program, KvCache(trees=trees), LogitsRows(), Argmax(), TopK(k=TOP_K))
@@ -137,14 +167,19 @@ def token_ids(*shape: int, seed: int = 0) -> Tensor:
     return torch.randint(3, VOCAB, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def layers_of(module: nn.Module) -> nn.ModuleList:
+    """The decoder layers, wherever the family keeps them."""
+    return next(m for m in module.modules() if isinstance(m, nn.ModuleList))
+
+
 def eager(module: nn.Module, ids: Tensor) -> Tensor:
     """Logits [B,R,V] of the model itself."""
     with torch.no_grad():
         return module(ids).logits  # type: ignore[no-any-return]
 
 
-def close(have: Tensor | np.ndarray, want: Tensor | np.ndarray, tolerance: float = 1e-6) -> None:
-    """Assert that the largest difference is within `tolerance` of the largest value (or of 1)."""
+def close(have: Tensor | np.ndarray, want: Tensor | np.ndarray, tolerance: float = 3e-6) -> None:
+    """Assert that the largest difference is within `tolerance` of the largest value (or of 1); the default is float32 rounding in a few layers."""
     have, want = np.asarray(have), np.asarray(want)
     assert have.shape == want.shape
     difference = float(np.abs(have.astype(np.float64) - want.astype(np.float64)).max())

@@ -320,3 +320,24 @@ def test_prompts_of_a_batch_ask_for_the_outputs_of_their_last_rows_only() -> Non
     engine = Watch(V)
     generate(engine, [[1] * 12, [2] * 3, [3] * 30], Decode(max_new_tokens=1))
     assert engine.outputs == [2, 2, 2]
+
+
+def test_a_finished_sequence_of_a_batch_gives_its_cache_back() -> None:
+    engine = ToyEngine(V)
+    plain, _ = generate(engine, PROMPTS[:3])
+    end = next(token for token in plain[0][len(PROMPTS[0]) :] if token not in plain[2][len(PROMPTS[2]) :])
+    engine.passes.clear()
+    _, finish = generate(engine, PROMPTS[:3], eos={end})
+    assert finish[0] == "eos"
+    assert finish[2] == "length"
+    assert engine.passes[-1][0][0] == 0
+
+
+def test_nothing_is_drafted_beyond_the_last_token() -> None:
+    class Ruler(Oracle):
+        def propose(self, context, draft):  # type: ignore[no-untyped-def]
+            assert len(context.tokens) + context.depth < 2 + 10  # the pass adds one token of its own
+            super().propose(context, draft)
+
+    plain, _ = generate(ToyEngine(V), [[1, 2]], Decode(max_new_tokens=30))
+    assert generate(ToyEngine(V), [[1, 2]], Decode(max_new_tokens=10), [Ruler(plain, V)])[0][0] == plain[0][:12]

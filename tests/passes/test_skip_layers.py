@@ -1,0 +1,86 @@
+"""The pass skip_layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_tiny import POOL, applied, apply, before_and_after, close, decoding, eager, layers_of, model, pooled, raised, token_ids
+from torch import Tensor, nn
+
+from planc.backends.reference import probe
+from planc.compiler.blocks import find_blocks
+from planc.passes.skip_layers import SkipLayers
+from planc.runtime.errors import CompileError
+
+
+def without(module: nn.Module, layers: Iterable[int], ids: Tensor) -> Tensor:
+    """Eager logits with some layers turned into the identity."""
+    hooks = [
+        layers_of(module)[i].register_forward_hook(
+            lambda _, args, kwargs, out: (args[0], *out[1:]) if isinstance(out, tuple) else args[0], with_kwargs=True
+        )
+        for i in layers
+    ]
+    try:
+        return eager(module, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_golden(golden: Callable[[str, str], None]) -> None:
+    golden(before_and_after(SkipLayers(layers=(0,)), raised("llama")), "skip_layers.txt")
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "opt", "phi3"])
+def test_equals_eager(family: str) -> None:
+    module, ids = model(family), token_ids(2, 19)
+    last = len(layers_of(module)) - 1
+    choices = [(0,), (last,)] + ([(1, 2), (0, 3, 5)] if last > 2 else [])
+    for layers in choices:
+        want = without(module, layers, ids)
+        assert not torch.allclose(want, eager(module, ids), atol=1e-2)  # the layer does something
+        close(probe(applied(SkipLayers(layers=layers), raised(family)), ids)["logits"], want)
+
+
+def test_skipped_layers_leave_nothing_behind() -> None:
+    program = decoding(apply(raised("gemma3"), SkipLayers(layers=(1, 4))))
+    assert [b.index for b in find_blocks(program)] == [0, 2, 3, 5]  # the numbers stay those of the model
+    assert [s.window for s in program.states] == [8, 8, 8, 0]
+    assert not any(f".layers.{i}." in name for i in (1, 4) for name in program.params)
+
+
+def test_skipping_in_two_steps_is_skipping_at_once() -> None:
+    ids, program = token_ids(1, 9), raised("gemma3")
+    twice = apply(program, SkipLayers(layers=(1,)), SkipLayers(layers=(2, 5)))
+    assert torch.equal(probe(twice, ids)["logits"], probe(apply(program, SkipLayers(layers=(1, 2, 5))), ids)["logits"])
+
+
+def test_refuses() -> None:
+    program = raised("llama")
+    for layers, text in (((2,), "layer 2 does not exist (the model has 2 decoder layers, 0..1)"), ((0, -1, 7), "layer -1, 7 does not exist")):
+        with pytest.raises(CompileError) as caught:
+            apply(program, SkipLayers(layers=layers))
+        assert caught.value.code == "skip-out-of-range"
+        assert text in caught.value.message
+        assert "0..1" in (caught.value.fix or "")
+    with pytest.raises(CompileError) as caught:
+        apply(program, SkipLayers(layers=(1, 0, 1)))
+    assert caught.value.code == "pass-refused"
+    assert apply(program, SkipLayers(layers=())) is program
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(POOL), st.data())
+def test_property(name: str, data: st.DataObject) -> None:
+    module, program = pooled(name)
+    count = len(layers_of(module))
+    layers = tuple(data.draw(st.lists(st.integers(0, count - 1), unique=True, max_size=count - 1)))
+    ids = token_ids(data.draw(st.integers(1, 2)), data.draw(st.integers(1, 13)), seed=data.draw(st.integers(0, 99)))
+    new = applied(SkipLayers(layers=layers), program)
+    assert len(find_blocks(new)) == count - len(layers)
+    close(probe(new, ids)["logits"], without(module, layers, ids))
