@@ -240,9 +240,7 @@ def _start_peers(
     skipped: dict[str, str] = {}
     if not options.peers:
         return workers, loaded, skipped
-    from planc.compiler.models import _locate
-
-    hf, gguf = _locate(options.model)
+    hf, gguf = locate_files(options.model)
     home = cache_dir() / "peers" / hf.name
     home.mkdir(parents=True, exist_ok=True)
     config = {"hf": str(hf), "gguf": gguf and str(gguf), "cache": str(home), "threads": threads(), "context": -(-longest // 256) * 256}
@@ -262,6 +260,13 @@ def _start_peers(
         if name in skipped:
             note(f"skipping {name}: {skipped[name]}")
     return workers, loaded, skipped
+
+
+def locate_files(model: str) -> tuple[Path, Path | None]:
+    """The model's directory in the layout of transformers, and its GGUF file if that is where the weights came from."""
+    from planc.compiler.models import _locate
+
+    return _locate(model)
 
 
 def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:

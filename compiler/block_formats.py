@@ -45,6 +45,8 @@ def gguf_blocks(program: Program) -> dict[str, Blocks]:
     width = next((int(n.args[1].meta["val"].shape[3]) for n in program.main.nodes if n.target is OPS.attention.default), 0)
     found: dict[str, Blocks] = {}
     for name, value in program.params.items():
+        if value.dim() != 2 or not value.is_floating_point():
+            continue
         row, parts = 0, []
         for part in name.split("|"):
             blocks = _decode(tensors.get(_gguf_name(part)))

@@ -313,14 +313,15 @@ def papers(
     """List the 87 methods: plan, state, and what was measured."""
     from planc.compiler import papers as catalogue
 
-    if run_checks:
-        catalogue.run(only or None, lambda line: print(line, file=sys.stderr))
+    fine = not run_checks or catalogue.run(only or None, lambda line: print(line, file=sys.stderr))
     rows = catalogue.listing()
     _print_table(("number", "name", "status", "plan", "summary"), rows)
     counts = {status: sum(row["status"] == status for row in rows) for status in catalogue.STATUSES}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))
     if as_json:
         _print_json({"papers": rows, "counts": counts})
+    if not fine:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -69,7 +69,9 @@ def obtain(plan: Path, model: str, *, progress: bool = True, refresh: bool = Fal
     start = time.perf_counter()
     compile_plan(model, Plan.from_yaml(plan), out=target, progress=progress)
     seconds = round(time.perf_counter() - start, 2)
-    times.write_text(json.dumps({"compile_s": seconds, "plan": str(plan), "model": model}))
+    partial = times.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"compile_s": seconds, "plan": str(plan), "model": model}))
+    os.replace(partial, times)
     _prune(home)
     return Stored(target, seconds, False)
 

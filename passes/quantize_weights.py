@@ -43,7 +43,7 @@ class QuantizeWeights(Pass):
     def apply(self, program: Program, context: Context) -> Program:
         """Quantise what the patterns choose; a second run finds only quantised layers and changes nothing."""
         self._check_patterns(program)
-        edit, matched, done, notes = program.edit(self.key), 0, 0, []
+        edit, matched, done, served, notes = program.edit(self.key), 0, 0, 0, []
         kept = gguf_blocks(program) if "keep" in {self.format, *self.modules.values()} else {}
         for node in list(edit.graph.nodes):
             if node.target is aten.linear.default and node.args[1].op == "get_attr":
@@ -54,11 +54,12 @@ class QuantizeWeights(Pass):
                 if form == "keep" and name not in kept:
                     notes.append(f"{name} is not in the GGUF as blocks: float kept")
                     continue
+                served += form == "keep"
                 done += self._linear(edit, node, form, kept)
             elif node.target is aten.embedding.default and self._format(str(node.args[0].target)) == "int8":
                 matched += 1
                 done += self._embedding(edit, node)
-        if "keep" in {self.format, *self.modules.values()} and matched and not kept:
+        if notes and not served and not any(c.pass_name == self.key for c in program.history):
             raise CompileError(
                 "pass-refused",
                 "there are no GGUF blocks to keep: the model is not from a GGUF file, or another pass has changed the weights",
@@ -68,15 +69,14 @@ class QuantizeWeights(Pass):
         return edit.done(matched, done, notes) if done else program
 
     def _format(self, name: str) -> Format:
-        path = name.split("*")[0].removesuffix(".weight").removesuffix(".T")
-        for part in path.split("|"):
+        for path in _paths(name):
             for pattern, form in self.modules.items():
-                if fnmatch.fnmatch(part.removesuffix(".weight"), pattern) or fnmatch.fnmatch(part.removesuffix(".weight"), f"*.{pattern}"):
+                if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}"):
                     return form
         return self.format
 
     def _check_patterns(self, program: Program) -> None:
-        paths = {p.removesuffix(".weight") for name in program.params for p in name.split("*")[0].split("|")}
+        paths = {path for name in program.params for path in _paths(name)}
         for pattern in self.modules:
             if not any(fnmatch.fnmatch(p, pattern) or fnmatch.fnmatch(p, f"*.{pattern}") for p in paths):
                 raise CompileError(
@@ -118,6 +118,11 @@ class QuantizeWeights(Pass):
             new = edit.call(OPS.embedding_int8.default, _once(edit, f"{name}.int8", steps), _once(edit, f"{name}.scale", scale), ids)
         edit.replace(node, new)
         return 1
+
+
+def _paths(name: str) -> list[str]:
+    """Module paths behind a parameter's name: several when products were joined; what passes append (`*s`, `.int8`) is left out."""
+    return [part.partition(".weight")[0] for part in name.split("|")]
 
 
 def _once(edit: Editor, name: str, value: Tensor) -> Node:

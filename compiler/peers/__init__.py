@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import selectors
+import signal
 import subprocess
 import sys
 import tempfile
@@ -143,7 +144,7 @@ class Worker:
         return PeerError("peer-failed", f"{self.name} failed: {message}", where=tail or None)
 
     def close(self) -> None:
-        """End the process: politely, then by force."""
+        """End the process and whatever it started: by closing its input, then by an interrupt, on which it cleans up, then by force."""
         process = self._process
         for pipe in (process.stdin, process.stdout):
             try:
@@ -151,13 +152,22 @@ class Worker:
                     pipe.close()
             except OSError:  # the process is gone already
                 pass
-        try:
-            process.wait(timeout=2)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        for patience, interruption in ((1, signal.SIGINT), (5, signal.SIGKILL), (None, None)):
+            try:
+                process.wait(timeout=patience)
+                break
+            except subprocess.TimeoutExpired:
+                assert interruption is not None
+                _signal_group(process.pid, interruption)
         self._selector.close()
         self._log.close()
+
+
+def _signal_group(group: int, number: int) -> None:
+    try:
+        os.killpg(group, number)
+    except ProcessLookupError:  # it ended meanwhile
+        pass
 
 
 def _import_root() -> str:

@@ -1,0 +1,81 @@
+"""The counts of `planc explain` against numbers worked out from the configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import models_tiny
+import pytest
+
+from planc.compiler import explain
+from planc.compiler.explain import PAST, Step, measure, table, write_html
+from planc.compiler.plan import Plan
+from planc.passes.skip_layers import SkipLayers
+from planc.runtime.errors import InputError
+
+HIDDEN, MIDDLE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
+WIDTH = HIDDEN // HEADS
+LAYER_WEIGHTS = 2 * HIDDEN * HIDDEN + 2 * HIDDEN * KV_HEADS * WIDTH + 3 * HIDDEN * MIDDLE
+HEAD = HIDDEN * models_tiny.VOCAB
+
+
+def test_counts_of_a_llama() -> None:
+    program = models_tiny.raised("llama")
+    step = measure("raise", program)
+    attention = 4 * HEADS * WIDTH * PAST
+    assert step.flops == LAYERS * (2 * LAYER_WEIGHTS + attention) + 2 * HEAD
+    stored = sum(value.numel() for value in program.params.values())
+    assert step.parameters == stored
+    assert step.bytes == program.bytes()
+    assert step.nodes == len(program.main.nodes) > step.calls > 0
+    assert (step.matched, step.rewritten) == (None, None)
+
+
+def test_raising_changes_no_flops_of_products() -> None:
+    before, after = measure("trace", models_tiny.traced("llama")), measure("raise", models_tiny.raised("llama"))
+    assert before.flops == after.flops
+    assert before.nodes > after.nodes
+
+
+def test_a_skipped_layer_is_gone_from_every_column() -> None:
+    program = models_tiny.raised("gemma3")
+    before = measure("raise", program)
+    after = measure("skip_layers", models_tiny.apply(program, SkipLayers(layers=(2,))), changed=True)
+    assert (after.matched, after.rewritten) == (1, 1)
+    assert after.nodes < before.nodes
+    assert after.bytes < before.bytes
+    assert after.flops < before.flops
+
+
+def test_steps_follow_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    models_tiny.model("llama").save_pretrained(tmp_path / "model")
+    steps = explain.explain(str(tmp_path / "model"), Plan(passes=[{"skip_layers": {"layers": [1]}}]))
+    names = [step.name for step in steps]
+    assert names[:3] == ["trace", "raise", "skip_layers"]
+    assert {"kv_cache", "argmax"} < set(names)
+    skip = steps[2]
+    assert skip.rewritten == 1
+    assert skip.flops < steps[1].flops
+    assert skip.as_dict()["notes"] == list(skip.notes)
+
+
+def test_table_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    steps = [
+        Step("raise", 100, 90, 2_000_000, 8 << 20, 4_000_000),
+        Step("quantize", 110, 95, 2_000_000, 2 << 20, 4_000_000, 3, 2, ("<kept> [one]",)),
+    ]
+    Console(width=200).print(table(steps, "plan on model"))
+    shown = capsys.readouterr().out
+    for piece in ("110 (+10.0%)", "2.0 (-75.0%)", "2/3", "<kept> [one]", "2.00 M"):
+        assert piece in shown
+    write_html(tmp_path / "deep" / "e.html", steps, "a <plan>")
+    page = (tmp_path / "deep" / "e.html").read_text()
+    assert "&lt;kept&gt; [one]" in page
+    assert "a &lt;plan&gt;" in page
+    assert "<kept>" not in page
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(InputError, match="cannot be written"):
+        write_html(tmp_path / "folder", steps, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "folder"]
