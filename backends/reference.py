@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from planc.compiler.program import MAIN, Program
-from planc.runtime.engine import EngineSpec, Ints, Outputs, Step
+from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.rows import key_bias, positions_of
 
 
@@ -106,8 +106,9 @@ class ReferenceEngine:
         """See the engine contract."""
         return ReferenceCache(self.program, batch, capacity)
 
-    def forward(self, cache: ReferenceCache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+    def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
         """See the engine contract."""
+        assert isinstance(cache, ReferenceCache)
         out = run(self.program, {**step_inputs(self.program, cache.lengths, step), **cache.state})
         cache.state = {name: out[f"present.{name.partition('.')[2]}"] for name in cache.state}
         return Outputs(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import numpy as np
 import torch
@@ -54,8 +55,8 @@ def gguf_blocks(program: Program) -> dict[str, Blocks]:
             parts.append(None if blocks is None else _matching(blocks, value[row : row + rows], width))
             row += rows
         if all(p is not None for p in parts) and len({(p[3], p[2] is None) for p in parts if p}) == 1:
-            columns = [torch.cat([p[i] for p in parts]) if parts[0][i] is not None else None for i in range(3)]  # type: ignore[index, misc]
-            found[name] = (columns[0], columns[1], columns[2], parts[0][3])  # type: ignore[index, assignment]
+            columns: list[Any] = [torch.cat([p[i] for p in parts]) if parts[0][i] is not None else None for i in range(3)]
+            found[name] = (columns[0], columns[1], columns[2], parts[0][3])
     return found
 
 
@@ -85,12 +86,12 @@ def _gguf_name(name: str) -> str:
     return {"lm_head.weight": "output.weight", "model.embed_tokens.weight": "token_embd.weight"}.get(name, name)
 
 
-def _decode(tensor: object) -> Blocks | None:
+def _decode(tensor: Any) -> Blocks | None:
     """Blocks of one tensor in the file's order of rows; None for another type."""
     kind = getattr(getattr(tensor, "tensor_type", None), "name", "")
     if kind not in ("Q4_0", "Q4_1", "Q8_0"):
         return None
-    raw = np.asarray(tensor.data)  # type: ignore[attr-defined]
+    raw = np.asarray(tensor.data)
     size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}[kind]
     blocks = raw.reshape(raw.shape[0], -1, size)
     scale = blocks[..., :2].copy().view(np.float16)[..., 0].astype(np.float32)

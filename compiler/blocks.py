@@ -65,4 +65,4 @@ def _block(path: str, nodes: list[Node]) -> Block:
 
 
 def _is_state(node: Node) -> bool:
-    return node.target is operator.getitem and node.args[0].target is OPS.cached_attention.default and node.args[1] != 0  # type: ignore[union-attr]
+    return node.target is operator.getitem and node.args[0].target is OPS.cached_attention.default and node.args[1] != 0

@@ -37,7 +37,7 @@ def _watch(program: Program, wanted: set[Node], ids: Tensor) -> Iterable[tuple[N
                 values[node] = program.params[str(node.target)]
             elif node.op == "call_function":
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                values[node] = node.target(*args, **kwargs)
                 for source in node.all_input_nodes:
                     pending[source] -= 1
                     if not pending[source]:

@@ -50,7 +50,7 @@ class Planned:
     text_ids: tuple[int, ...]  # real text for probes: calibration text, or the model's own numbers where there is no tokenizer
 
 
-def compile(
+def compile(  # noqa: A001 - the public name
     model: str | Path | nn.Module,
     plan: Plan | str | Path | dict[str, Any] | None = None,
     *,

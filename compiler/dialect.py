@@ -130,7 +130,7 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((turned * cos + torch.cat((-high, low), -1) * sin, kept), -1)
 
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -178,9 +178,7 @@ def unpack_blocks(packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: in
 
 
 @_op("linear_blocks", lambda x, packed, scales, zeros, bias, bits, block: _linear_fake(x, packed.shape[0]))
-def linear_blocks(
-    x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, block: int
-) -> Tensor:
+def linear_blocks(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: Tensor | None, bits: int, block: int) -> Tensor:
     """x [..., K] times block-quantised weights (see `unpack_blocks`). The reference keeps activations in float; a backend may round them to
     int8 per block, which is why a program with this op is compared within a bound."""
     out = torch.matmul(x, unpack_blocks(packed, scales, zeros, bits, block, x.shape[-1]).t().to(x.dtype))

@@ -28,9 +28,7 @@ def measured(planned: Planned, note: Callable[[str], None]) -> Callable[[Engine,
         note("probing exactness")
         uses_trees = speculative is not None and speculative.tree.shape != "chain" and engine.spec.trees
         slots = min(capacity, 1024)
-        exact = exactness.probe(
-            engine, planned.text_ids, capacity=slots, tree_block=TREE_BLOCK if split else None, uses_trees=uses_trees
-        )
+        exact = exactness.probe(engine, planned.text_ids, capacity=slots, tree_block=TREE_BLOCK if split else None, uses_trees=uses_trees)
         note("measuring the cost of passes")
         cost = profile.measure_cost(engine, capacity=slots)
         return Contract(exactness=exact, cost=cost, effects=planned.effects, hardware=hardware())

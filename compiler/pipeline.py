@@ -83,11 +83,15 @@ def run_passes(
             _check_effect(part, difference, float(logits.abs().max()))
             logits = after
         effects.append(_effect(part, program, new, difference, time.perf_counter() - start))
-        dump(1, lambda e=effects[-1]: f"  {e.name}: {e.nodes_before} -> {e.nodes_after} nodes, {e.seconds:.2f} s")  # type: ignore[misc]
-        dump(2, lambda p=new: show(p))  # type: ignore[misc]
-        dump(3, lambda p=new, k=part.key: _made(p, k))  # type: ignore[misc]
+        _report(part, effects[-1], new)
         program = new
     return program, tuple(effects)
+
+
+def _report(part: Pass, effect: PassEffect, program: Program) -> None:
+    dump(1, lambda: f"  {effect.name}: {effect.nodes_before} -> {effect.nodes_after} nodes, {effect.seconds:.2f} s")
+    dump(2, lambda: show(program))
+    dump(3, lambda: _made(program, part.key))
 
 
 def bisect(program: Program, passes: Sequence[Pass], context: Context, sample: Tensor, tolerance: float = 1e-3) -> str | None:

@@ -10,7 +10,17 @@ from torch.fx import Node
 
 from planc.compiler.program import Program
 
-_TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "float64": "f64", "int64": "i64", "int32": "i32", "int8": "i8", "uint8": "u8", "bool": "b1"}
+_TYPES = {
+    "float32": "f32",
+    "float16": "f16",
+    "bfloat16": "bf16",
+    "float64": "f64",
+    "int64": "i64",
+    "int32": "i32",
+    "int8": "i8",
+    "uint8": "u8",
+    "bool": "b1",
+}
 
 
 def show(program: Program) -> str:
@@ -19,14 +29,13 @@ def show(program: Program) -> str:
     lines = []
     for title, graph in program.graphs.items():
         lines.append(f"graph {title}:")
-        for node in graph.nodes:
-            lines.append("  " + _line(node, names))
+        lines += ["  " + _line(node, names) for node in graph.nodes]
     return "\n".join(lines) + "\n"
 
 
 def _line(node: Node, names: dict[str, str]) -> str:
     if node.op == "output":
-        return "return " + ", ".join(f"{name}=%{value.name}" for name, value in node.args[0].items())  # type: ignore[union-attr]
+        return "return " + ", ".join(f"{name}=%{value.name}" for name, value in node.args[0].items())
     head = f"%{node.name}: {_type(node.meta.get('val'), names)}"
     if node.op == "placeholder":
         return f"{head} = input {node.target}"

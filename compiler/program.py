@@ -84,7 +84,7 @@ class Program:
     @property
     def outputs(self) -> dict[str, Node]:
         """Outputs of the main graph by name."""
-        return dict(self.main.output_node().args[0])  # type: ignore[arg-type]
+        return dict(self.main.output_node().args[0])
 
     def replace(self, **changes: Any) -> Program:
         """A copy with some fields changed."""
@@ -157,10 +157,8 @@ class Editor:
     def symbol(self) -> torch.SymInt:
         """A fresh symbolic dimension."""
         real = torch.empty(7, 3)
-        fake = self.mode.from_tensor(
-            real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC])
-        )
-        return fake.shape[0]  # type: ignore[return-value]
+        fake = self.mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]))
+        return fake.shape[0]
 
     def refresh(self, start: Node) -> None:
         """Recompute the fake values of everything behind `start` (a new node changed a shape)."""
@@ -170,12 +168,13 @@ class Editor:
                 stale.add(node)
                 args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
                 with self.mode:
-                    node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    node.meta["val"] = node.target(*args, **kwargs)
 
     def outputs(self, **new: Node | None) -> None:
         """Add, replace or (None) remove named outputs."""
         node = self.graph.output_node()
-        kept = {**node.args[0], **new}  # type: ignore[dict-item]
+        old: Any = node.args[0]
+        kept = {**old, **new}
         node.args = ({k: v for k, v in kept.items() if v is not None},)
 
     def replace(self, old: Node, new: Node) -> None:

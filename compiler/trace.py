@@ -44,7 +44,7 @@ def _attention_hook(module: nn.Module, query: Tensor, key: Tensor, value: Tensor
     if kw.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux)")
     bias = kw.get("position_bias")
-    out = dialect.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, scale, causal, window, softcap)  # type: ignore[operator]
+    out = dialect.attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), bias, scale, causal, window, softcap)
     return out, None
 
 
@@ -55,12 +55,12 @@ def _captured_attention(model: nn.Module) -> Iterator[None]:
 
     AttentionInterface.register(_HOOK, _attention_hook)
     AttentionMaskInterface.register(_HOOK, lambda *args, **kwargs: None)
-    before = model.config._attn_implementation  # type: ignore[union-attr]
-    model.set_attn_implementation(_HOOK)  # type: ignore[operator]
+    before = model.config._attn_implementation
+    model.set_attn_implementation(_HOOK)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)  # type: ignore[operator]
+        model.set_attn_implementation(before)
 
 
 def trace(model: nn.Module, info: ModelInfo) -> Program:
@@ -70,20 +70,24 @@ def trace(model: nn.Module, info: ModelInfo) -> Program:
     """
     if not hasattr(model, "set_attn_implementation"):
         raise ModelError(
-            "model-unsupported", f"{type(model).__name__} is not a transformers model, so its attention cannot be captured", fix="use trace_module"
+            "model-unsupported",
+            f"{type(model).__name__} is not a transformers model, so its attention cannot be captured",
+            fix="use trace_module",
         )
+    training = model.training
     forward = _Forward(model).eval()
     ids = torch.arange(14).reshape(2, 7) % info.vocab_size
     positions = torch.arange(7)[None].repeat(2, 1)
     sizes = {0: Dim.DYNAMIC, 1: Dim.DYNAMIC}
-    training = model.training
-    model.eval()
     try:
         with _captured_attention(model):
             exported = torch.export.export(forward, (ids, positions), dynamic_shapes=(sizes, sizes), strict=False)
     except Exception as error:
         raise CompileError(
-            "trace-failed", f"{type(model).__name__} could not be traced: {str(error).splitlines()[0]}", where="torch.export", fix=_hint(error)
+            "trace-failed",
+            f"{type(model).__name__} could not be traced: {str(error).splitlines()[0]}",
+            where="torch.export",
+            fix=_hint(error),
         ) from error
     finally:
         model.train(training)
@@ -108,9 +112,14 @@ def _hint(error: Exception) -> str:
 
 def _program(exported: ExportedProgram, info: ModelInfo, prefix: str) -> Program:
     signature = exported.graph_signature
-    lifted: dict[str, str] = {**signature.inputs_to_parameters, **signature.inputs_to_buffers, **signature.inputs_to_lifted_tensor_constants}
+    lifted: dict[str, str] = {
+        **signature.inputs_to_parameters,
+        **signature.inputs_to_buffers,
+        **signature.inputs_to_lifted_tensor_constants,
+    }
     values = {**exported.state_dict, **exported.constants}
-    graph, copies = Graph(), {}
+    graph = Graph()
+    copies: dict[Node, Any] = {}
     params: dict[str, Tensor] = {}
     for node in exported.graph.nodes:
         if node.op == "output":
@@ -147,7 +156,7 @@ def _copy_inlined(owner: Any, node: Node, graph: Graph, copies: dict[Node, Any])
     name = getattr(node.target, "__name__", "")
     if node.op == "call_function" and name in ("wrap_with_set_grad_enabled", "wrap_with_autocast"):
         at = next(i for i, a in enumerate(node.args) if isinstance(a, Node) and isinstance(copies.get(a), torch.fx.GraphModule))
-        inner = copies[node.args[at]]  # type: ignore[index]
+        inner = copies[node.args[at]]
         arguments = iter(node.args[at + 1 :])
         local: dict[Node, Any] = {}
         for sub in inner.graph.nodes:
@@ -159,8 +168,8 @@ def _copy_inlined(owner: Any, node: Node, graph: Graph, copies: dict[Node, Any])
             else:
                 _copy_inlined(inner, sub, graph, local)
         return
-    if name == "getitem" and isinstance(copies.get(node.args[0]), list):  # type: ignore[arg-type]
-        copies[node] = copies[node.args[0]][node.args[1]]  # type: ignore[index]
+    if name == "getitem" and isinstance(copies.get(node.args[0]), list):
+        copies[node] = copies[node.args[0]][node.args[1]]
         return
     copies[node] = graph.node_copy(node, lambda n: copies[n])
 
@@ -174,12 +183,21 @@ def _clean(graph: Graph) -> None:
         if target in (_ATEN._assert_tensor_metadata.default, _ATEN._assert_scalar.default, _ATEN.sym_constrain_range_for_size.default):
             graph.erase_node(node)
         elif _is_noop(node):
-            node.replace_all_uses_with(node.args[0], propagate_meta=False)  # type: ignore[arg-type]
+            node.replace_all_uses_with(node.args[0], propagate_meta=False)
             graph.erase_node(node)
     eliminate_dead(graph)
 
 
-_CASTS = {_ATEN.to.dtype, _ATEN.to.device, _ATEN.to.dtype_layout, _ATEN.to.other, _ATEN.type_as.default, _ATEN._to_copy.default, _ATEN.contiguous.default, _ATEN.clone.default}
+_CASTS = {
+    _ATEN.to.dtype,
+    _ATEN.to.device,
+    _ATEN.to.dtype_layout,
+    _ATEN.to.other,
+    _ATEN.type_as.default,
+    _ATEN._to_copy.default,
+    _ATEN.contiguous.default,
+    _ATEN.clone.default,
+}
 _CASTS |= {_ATEN.detach.default, _ATEN.alias.default, _ATEN.lift_fresh_copy.default, _ATEN.detach_.default, _ATEN.expand.default}
 
 
@@ -191,6 +209,6 @@ def _is_noop(node: Node) -> bool:
         step = node.args[4] if len(node.args) > 4 else 1
         return start in (0, None) and (end is None or (isinstance(end, int) and end >= 2**62)) and step == 1
     if node.target in _CASTS:
-        old, new = node.args[0].meta.get("val"), node.meta.get("val")  # type: ignore[union-attr]
+        old, new = node.args[0].meta.get("val"), node.meta.get("val")
         return isinstance(old, Tensor) and isinstance(new, Tensor) and old.dtype == new.dtype and old.shape == new.shape
     return False

@@ -61,7 +61,7 @@ def _value(node: Node, values: dict[Node, Any], mode: FakeTensorMode, after: str
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
     try:
         with mode:
-            value = node.target(*args, **kwargs)  # type: ignore[operator]
+            value = node.target(*args, **kwargs)
     except Exception as error:
         raise _broken(after, f"its inputs do not fit: {str(error).splitlines()[0]}", node) from error
     if isinstance(value, Tensor) and (not isinstance(recorded, Tensor) or _rank(value) != _rank(recorded)):
@@ -82,4 +82,6 @@ def _text(value: Any) -> str:
 
 def _broken(after: str, message: str, node: Node | None = None) -> CompileError:
     fix = f"this is a bug in the pass; switch it off with --disable {after} and report it"
-    return CompileError("verify-failed", f"after {after}: {message}", node=describe(node) if node is not None else None, where=f"pass {after}", fix=fix)
+    return CompileError(
+        "verify-failed", f"after {after}: {message}", node=describe(node) if node is not None else None, where=f"pass {after}", fix=fix
+    )

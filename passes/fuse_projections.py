@@ -34,8 +34,8 @@ class FuseProjections(Pass):
         """Join each group of two or more products with one input."""
         groups: dict[Node, list[Node]] = {}
         for node in program.main.nodes:
-            if node.target is aten.linear.default and node.args[1].op == "get_attr" and len(node.args[1].users) == 1:  # type: ignore[union-attr]
-                groups.setdefault(node.args[0], []).append(node)  # type: ignore[arg-type]
+            if node.target is aten.linear.default and node.args[1].op == "get_attr" and len(node.args[1].users) == 1:
+                groups.setdefault(node.args[0], []).append(node)
         joined = [nodes for nodes in groups.values() if len(nodes) > 1 and len({len(n.args) for n in nodes}) == 1]
         if not joined:
             return program
@@ -43,12 +43,12 @@ class FuseProjections(Pass):
         for nodes in joined:
             copies = sorted((edit[n] for n in nodes), key=_role)
             with edit.before(edit[nodes[0]]):
-                weights = [edit.params[str(n.args[1].target)] for n in copies]  # type: ignore[union-attr]
-                name = "|".join(str(n.args[1].target) for n in copies)  # type: ignore[union-attr]
+                weights = [edit.params[str(n.args[1].target)] for n in copies]
+                name = "|".join(str(n.args[1].target) for n in copies)
                 parts = [edit.param(name, torch.cat(weights))]
                 if len(copies[0].args) > 2:
-                    biases = [edit.params[str(n.args[2].target)] for n in copies]  # type: ignore[union-attr]
-                    parts.append(edit.param("|".join(str(n.args[2].target) for n in copies), torch.cat(biases)))  # type: ignore[union-attr]
+                    biases = [edit.params[str(n.args[2].target)] for n in copies]
+                    parts.append(edit.param("|".join(str(n.args[2].target) for n in copies), torch.cat(biases)))
                 whole = edit.call(aten.linear.default, copies[0].args[0], *parts)
                 split = edit.call(aten.split_with_sizes.default, whole, [w.shape[0] for w in weights], -1)
                 for i, node in enumerate(copies):

@@ -25,7 +25,9 @@ class KvCache(Pass):
     """Insert the key/value cache; done automatically when a plan does not say it."""
 
     stage: ClassVar[Stage] = Stage.STATE
-    capacity: int | None = Field(default=None, ge=2, description="slots per sequence; default: what the model's positions allow, at most 4096")
+    capacity: int | None = Field(
+        default=None, ge=2, description="slots per sequence; default: what the model's positions allow, at most 4096"
+    )
     trees: Literal["auto", "none", "fused", "split"] = Field(
         default="auto",
         description="whether a pass may hold trees: fused attention with a mask, or attention split into products whose tree rows are bitwise "
@@ -47,7 +49,8 @@ class KvCache(Pass):
         capacity = edit.symbol()
         lengths = edit.input("lengths", torch.int64, ids.shape[0])
         biases = self._biases(edit, nodes, ids.shape)
-        states, outputs = [], {}
+        states: list[KVState] = []
+        outputs: dict[str, Node] = {}
         for i, node in enumerate(nodes):
             q, k, v, bias, scale, causal, window, softcap = node.args
             if not causal or bias is not None:
@@ -59,7 +62,8 @@ class KvCache(Pass):
                 )
             key, value = k.meta["val"], v.meta["val"]
             past = [
-                edit.input(f"past.{i}.{part}", t.dtype, ids.shape[0], t.shape[2], capacity, t.shape[3]) for part, t in (("key", key), ("value", value))
+                edit.input(f"past.{i}.{part}", t.dtype, ids.shape[0], t.shape[2], capacity, t.shape[3])
+                for part, t in (("key", key), ("value", value))
             ]
             with edit.before(node):
                 mask = biases.get(window)
@@ -67,7 +71,9 @@ class KvCache(Pass):
                 out, present_k, present_v = (edit.call(operator.getitem, new, j) for j in range(3))
             edit.replace(node, out)
             outputs |= {f"present.{i}.key": present_k, f"present.{i}.value": present_v}
-            states.append(KVState(f"past.{i}", int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype, window, self.trees == "split"))
+            states.append(
+                KVState(f"past.{i}", int(key.shape[2]), int(key.shape[3]), int(value.shape[3]), key.dtype, window, self.trees == "split")
+            )
         edit.outputs(**outputs)
         return edit.done(len(nodes), len(nodes), states=tuple(states))
 
@@ -76,5 +82,5 @@ class KvCache(Pass):
         if self.trees in ("auto", "none"):
             return {}
         keys = edit.symbol()
-        windows = dict.fromkeys(int(n.args[6]) for n in nodes)  # type: ignore[arg-type]
+        windows = dict.fromkeys(int(n.args[6]) for n in nodes)
         return {w: edit.input(f"bias.{w}" if w else "bias", torch.float32, ids[0], 1, ids[1], keys) for w in windows}

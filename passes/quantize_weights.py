@@ -16,10 +16,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
+from planc.compiler.block_formats import gguf_blocks, round_blocks
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe
-from planc.compiler.block_formats import gguf_blocks, round_blocks
 from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
@@ -89,7 +89,7 @@ class QuantizeWeights(Pass):
     def _linear(self, edit: Editor, node: Node, form: Format, kept: dict[str, tuple[Tensor, Tensor, Tensor | None, int]]) -> int:
         x, weight = node.args[:2]
         bias = node.args[2] if len(node.args) > 2 else None
-        name = str(weight.target)  # type: ignore[union-attr]
+        name = str(weight.target)
         value = edit.params[name]
         with edit.before(node):
             if form == "int8":
@@ -104,7 +104,10 @@ class QuantizeWeights(Pass):
                 bits = 4 if form == "int4_blocks" else 8
                 if value.shape[1] % self.block:
                     raise CompileError(
-                        "pass-refused", f"{value.shape[1]} inputs do not divide into blocks of {self.block}", node=describe(node), fix="use another `block`"
+                        "pass-refused",
+                        f"{value.shape[1]} inputs do not divide into blocks of {self.block}",
+                        node=describe(node),
+                        fix="use another `block`",
                     )
                 new = _blocks(edit, name, x, bias, *round_blocks(value, bits, self.block), bits, self.block)
         edit.replace(node, new)
@@ -112,7 +115,7 @@ class QuantizeWeights(Pass):
 
     def _embedding(self, edit: Editor, node: Node) -> int:
         table, ids = node.args[:2]
-        name = str(table.target)  # type: ignore[union-attr]
+        name = str(table.target)
         steps, scale = quantize_outputs(edit.params[name])
         with edit.before(node):
             new = edit.call(OPS.embedding_int8.default, _once(edit, f"{name}.int8", steps), _once(edit, f"{name}.scale", scale), ids)

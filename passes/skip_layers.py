@@ -55,4 +55,3 @@ class SkipLayers(Pass):
             edit.replace(exit_, entry)
             moved[exit_] = entry
         return edit.done(len(set(self.layers)), len(set(self.layers)), notes=map(str, self.layers))
-

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from planc.compiler.calibration import mean_squares
 from planc.compiler.dialect import OPS
-from planc.compiler.passbase import EXACT, Context, Effect, Pass, Stage
+from planc.compiler.passbase import Context, Effect, Pass, Stage
 from planc.compiler.program import Editor, Program
 from planc.runtime.errors import CompileError
 
@@ -43,7 +43,9 @@ class Smooth(Pass):
 
     stage: ClassVar[Stage] = Stage.NUMERICS
     calibrates: ClassVar[bool] = True
-    alpha: float = Field(default=0.5, ge=0.0, le=1.0, description="0 keeps activations, 1 flattens them fully; s = rms(x)^alpha / ||W||^(1-alpha)")
+    alpha: float = Field(
+        default=0.5, ge=0.0, le=1.0, description="0 keeps activations, 1 flattens them fully; s = rms(x)^alpha / ||W||^(1-alpha)"
+    )
 
     @property
     def effect(self) -> Effect:
@@ -55,7 +57,9 @@ class Smooth(Pass):
         if any(c.pass_name == self.key for c in program.history):
             return program
         if context.calibration is None:
-            raise CompileError("pass-refused", "smooth needs text to calibrate on, but the model has no tokenizer", fix="pass calibration=ids to compile")
+            raise CompileError(
+                "pass-refused", "smooth needs text to calibrate on, but the model has no tokenizer", fix="pass calibration=ids to compile"
+            )
         sites = [s for s in map(_site, _inputs(program)) if s is not None]
         squares = mean_squares(program, [s.x for s in sites], context.calibration, context.progress)
         edit = program.edit(self.key)
@@ -64,8 +68,8 @@ class Smooth(Pass):
         return edit.done(len(_inputs(program)), len(sites))
 
     def _fold(self, edit: Editor, site: _Site, square: Tensor) -> None:
-        weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]  # type: ignore[union-attr]
-        columns = sum(w.double().pow(2).sum(0) for w in weights).sqrt()  # type: ignore[union-attr]
+        weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]
+        columns = sum(w.double().pow(2).sum(0) for w in weights).sqrt()
         rms = square.double().sqrt()
         if site.heads:  # query heads of a group share the value channels
             groups, queries, width = site.heads
@@ -92,13 +96,13 @@ def _swap(edit: Editor, node: Node, index: int, change: Any, mark: str) -> None:
     """Let one user read a changed copy of a parameter (another user, such as a tied embedding, keeps the old one)."""
     old = node.args[index]
     with edit.before(node):
-        new = edit.param(f"{old.target}{mark}", change(edit.params[str(old.target)]))  # type: ignore[union-attr]
+        new = edit.param(f"{old.target}{mark}", change(edit.params[str(old.target)]))
     node.update_arg(index, new)
 
 
 def _inputs(program: Program) -> list[Node]:
     """Values that dense products read, in order."""
-    return list(dict.fromkeys(n.args[0] for n in program.main.nodes if n.target is aten.linear.default))  # type: ignore[misc]
+    return list(dict.fromkeys(n.args[0] for n in program.main.nodes if n.target is aten.linear.default))
 
 
 def _site(x: Node) -> _Site | None:
@@ -113,11 +117,11 @@ def _site(x: Node) -> _Site | None:
         return _produced(x, products, x.args[1])
     if x.target is aten.reshape.default and getattr(x.args[0], "target", None) is OPS.attention.default:
         attention = x.args[0]
-        value = attention.args[2]  # type: ignore[union-attr]
-        if value.target is not aten.view.default:  # type: ignore[union-attr]
+        value = attention.args[2]
+        if value.target is not aten.view.default:
             return None
-        heads, groups = attention.args[0].meta["val"].shape[2], value.meta["val"].shape[2]  # type: ignore[union-attr]
-        return _produced(x, products, value.args[0], (int(groups), int(heads // groups), int(value.meta["val"].shape[3])))  # type: ignore[union-attr]
+        heads, groups = attention.args[0].meta["val"].shape[2], value.meta["val"].shape[2]
+        return _produced(x, products, value.args[0], (int(groups), int(heads // groups), int(value.meta["val"].shape[3])))
     return None
 
 
@@ -126,7 +130,11 @@ def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int
     if len(source.users) != 1:
         return None
     offset = 0
-    if source.target is operator.getitem and source.args[0].target in (aten.split_with_sizes.default, aten.chunk.default, aten.split.Tensor):
+    if source.target is operator.getitem and source.args[0].target in (
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.split.Tensor,
+    ):
         parts = source.args[0].meta["val"]
         offset = sum(int(p.shape[-1]) for p in parts[: source.args[1]])
         source = source.args[0].args[0]
@@ -137,8 +145,10 @@ def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int
     return _sited(x, products, source, 1, heads, offset)
 
 
-def _sited(x: Node, products: tuple[Node, ...], owner: Node, first: int, heads: tuple[int, int, int] | None = None, offset: int = 0) -> _Site | None:
+def _sited(
+    x: Node, products: tuple[Node, ...], owner: Node, first: int, heads: tuple[int, int, int] | None = None, offset: int = 0
+) -> _Site | None:
     """The site whose channels are scaled by the parameters of `owner` from argument `first` on; None when another node reads them too."""
     rows = tuple((owner, first + i) for i, a in enumerate(owner.args[first : first + 2]) if isinstance(a, Node))
-    free = rows and all(len(owner.args[i].users) == 1 for _, i in rows)  # type: ignore[union-attr]
+    free = rows and all(len(owner.args[i].users) == 1 for _, i in rows)
     return _Site(x, products, rows, heads, offset) if free else None

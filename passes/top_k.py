@@ -32,7 +32,9 @@ class TopK(Pass):
         if "top_ids" in program.outputs:
             return program
         if self.k > program.info.vocab_size:
-            raise CompileError("pass-refused", f"top_k of {self.k} is more than the vocabulary of {program.info.vocab_size}", fix="use a smaller k")
+            raise CompileError(
+                "pass-refused", f"top_k of {self.k} is more than the vocabulary of {program.info.vocab_size}", fix="use a smaller k"
+            )
         edit = program.edit(self.key)
         logits = edit[program.outputs["logits"]]
         with edit.after(logits):

@@ -67,9 +67,8 @@ class PlancError(Exception):
 
     def __str__(self) -> str:
         lines = [f"{type(self).__name__}[{self.code}]: {self.message}"]
-        for label in ("plan", "node", "where", "fix"):
-            if value := getattr(self, label):
-                lines.append(f"  {label:<6} {value}")
+        places = {label: getattr(self, label) for label in ("plan", "node", "where", "fix")}
+        lines += [f"  {label:<6} {place}" for label, place in places.items() if place]
         return "\n".join(lines)
 
 

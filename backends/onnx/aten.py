@@ -30,7 +30,11 @@ def lowers(*targets: Any) -> Callable[[Lowering], Lowering]:
 def _number(b: Builder, value: Any, like: Node) -> Any:
     """A Python number as a constant of the result's type; nodes pass through."""
     if isinstance(value, Node):
-        if isinstance(value.meta["val"], torch.Tensor) and value.meta["val"].dtype != like.meta["val"].dtype and value.meta["val"].dtype is not torch.bool:
+        if (
+            isinstance(value.meta["val"], torch.Tensor)
+            and value.meta["val"].dtype != like.meta["val"].dtype
+            and value.meta["val"].dtype is not torch.bool
+        ):
             return b.op("Cast", value, to=b.dtype(like))
         return value
     dtype = {torch.float32: np.float32, torch.int64: np.int64, torch.float64: np.float64, torch.float16: np.float16, torch.bool: bool}
@@ -44,7 +48,7 @@ def _binary(kind: str) -> Lowering:
         right = _number(b, right, n)
         if alpha != 1:
             right = b.op("Mul", right, _number(b, alpha, n))
-        return b.op(kind, _number(b, left, n), right)  # type: ignore[no-any-return]
+        return b.op(kind, _number(b, left, n), right)
 
     return lower
 
@@ -80,22 +84,22 @@ for _kind, _target in {
 
 @lowers(aten.rsqrt.default)
 def _rsqrt(b: Builder, n: Node) -> str:
-    return b.op("Reciprocal", b.op("Sqrt", n.args[0]))  # type: ignore[no-any-return]
+    return b.op("Reciprocal", b.op("Sqrt", n.args[0]))
 
 
 @lowers(aten.silu.default)
 def _silu(b: Builder, n: Node) -> str:
-    return b.op("Mul", n.args[0], b.op("Sigmoid", n.args[0]))  # type: ignore[no-any-return]
+    return b.op("Mul", n.args[0], b.op("Sigmoid", n.args[0]))
 
 
 @lowers(aten.gelu.default)
 def _gelu(b: Builder, n: Node) -> str:
-    return b.op("Gelu", n.args[0], approximate=n.kwargs.get("approximate", "none"))  # type: ignore[no-any-return]
+    return b.op("Gelu", n.args[0], approximate=n.kwargs.get("approximate", "none"))
 
 
 @lowers(aten.embedding.default)
 def _embedding(b: Builder, n: Node) -> str:
-    return b.op("Gather", n.args[0], n.args[1], axis=0)  # type: ignore[no-any-return]
+    return b.op("Gather", n.args[0], n.args[1], axis=0)
 
 
 def reads(program: Program, name: str) -> int:
@@ -112,20 +116,24 @@ def _linear(b: Builder, n: Node) -> str:
         product = b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
     elif reads(b.program, str(weight.target)) > 1:  # tied with the embedding: keep one copy
         shared = b.param(str(weight.target))
-        product = b.op("FusedMatMul", x, shared, domain=MICROSOFT, transB=1) if b.fused else b.op("MatMul", x, b.op("Transpose", shared, perm=[1, 0]))
+        product = (
+            b.op("FusedMatMul", x, shared, domain=MICROSOFT, transB=1)
+            if b.fused
+            else b.op("MatMul", x, b.op("Transpose", shared, perm=[1, 0]))
+        )
     else:
         product = b.op("MatMul", x, b.param(str(weight.target), lambda w: w.T, ".T"))
-    return product if bias is None else b.op("Add", product, bias)  # type: ignore[no-any-return]
+    return product if bias is None else b.op("Add", product, bias)
 
 
 @lowers(aten.addmm.default)
 def _addmm(b: Builder, n: Node) -> str:
-    return b.op("Gemm", n.args[1], n.args[2], n.args[0])  # type: ignore[no-any-return]
+    return b.op("Gemm", n.args[1], n.args[2], n.args[0])
 
 
 @lowers(aten.matmul.default, aten.bmm.default, aten.mm.default)
 def _matmul(b: Builder, n: Node) -> str:
-    return b.op("MatMul", *n.args[:2])  # type: ignore[no-any-return]
+    return b.op("MatMul", *n.args[:2])
 
 
 @lowers(aten.layer_norm.default)
@@ -134,15 +142,17 @@ def _layer_norm(b: Builder, n: Node) -> str:
     eps = n.args[4] if len(n.args) > 4 else 1e-5
     if weight is None:
         weight = b.const(np.ones(axes, np.float32))
-    return b.op("LayerNormalization", x, weight, bias, axis=-len(axes), epsilon=float(eps))  # type: ignore[no-any-return, arg-type]
+    return b.op("LayerNormalization", x, weight, bias, axis=-len(axes), epsilon=float(eps))
 
 
-@lowers(aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten._unsafe_view.default)
+@lowers(
+    aten.view.default, aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dim, aten.flatten.using_ints, aten._unsafe_view.default
+)
 def _reshape(b: Builder, n: Node) -> str:
     x = n.args[0]
     assert isinstance(x, Node)
     if n.target is aten.unsqueeze.default:
-        return b.op("Unsqueeze", x, b.const([n.args[1]], np.int64))  # type: ignore[no-any-return]
+        return b.op("Unsqueeze", x, b.const([n.args[1]], np.int64))
     return b.reshape(b[x], x.meta["val"].shape, n.meta["val"].shape)
 
 
@@ -150,19 +160,22 @@ def _reshape(b: Builder, n: Node) -> str:
 def _transpose(b: Builder, n: Node) -> str:
     rank = n.meta["val"].dim()
     if n.target is aten.permute.default:
-        order = [int(d) % rank for d in n.args[1]]  # type: ignore[union-attr, arg-type]
+        order = [int(d) % rank for d in n.args[1]]
     else:
         order = list(range(rank))
-        i, j = (0, 1) if n.target is aten.t.default else (int(n.args[1]) % rank, int(n.args[2]) % rank)  # type: ignore[arg-type]
+        i, j = (0, 1) if n.target is aten.t.default else (int(n.args[1]) % rank, int(n.args[2]) % rank)
         order[i], order[j] = order[j], order[i]
-    return b.op("Transpose", n.args[0], perm=order)  # type: ignore[no-any-return]
+    return b.op("Transpose", n.args[0], perm=order)
 
 
 @lowers(aten.slice.Tensor)
 def _slice(b: Builder, n: Node) -> str:
     x, axis, start, end, step = (list(n.args) + [0, None, None, 1][len(n.args) - 1 :])[:5]
-    edges = [b.op("Reshape", e, b.const([1], np.int64)) if isinstance(e, Node) else b.const([d if e is None else e], np.int64) for e, d in ((start, 0), (end, 2**62))]
-    return b.op("Slice", x, *edges, b.const([axis], np.int64), b.const([step], np.int64))  # type: ignore[no-any-return]
+    edges = [
+        b.op("Reshape", e, b.const([1], np.int64)) if isinstance(e, Node) else b.const([d if e is None else e], np.int64)
+        for e, d in ((start, 0), (end, 2**62))
+    ]
+    return b.op("Slice", x, *edges, b.const([axis], np.int64), b.const([step], np.int64))
 
 
 @lowers(aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
@@ -175,45 +188,45 @@ def _split(b: Builder, n: Node) -> tuple[str, ...]:
 
 @lowers(operator.getitem)
 def _getitem(b: Builder, n: Node) -> str:
-    return b.values[n.args[0]][n.args[1]]  # type: ignore[index, no-any-return]
+    return b.values[n.args[0]][n.args[1]]
 
 
 @lowers(aten.cat.default)
 def _cat(b: Builder, n: Node) -> str:
-    return b.op("Concat", *n.args[0], axis=n.args[1] if len(n.args) > 1 else 0)  # type: ignore[no-any-return, misc]
+    return b.op("Concat", *n.args[0], axis=n.args[1] if len(n.args) > 1 else 0)
 
 
 @lowers(aten.expand.default)
 def _expand(b: Builder, n: Node) -> str:
     parts = [b.size(s) for s in n.meta["val"].shape]
-    return b.op("Expand", n.args[0], b.op("Concat", *parts, axis=0))  # type: ignore[no-any-return]
+    return b.op("Expand", n.args[0], b.op("Concat", *parts, axis=0))
 
 
 @lowers(aten.mean.dim, aten.sum.dim_IntList)
 def _reduce(b: Builder, n: Node) -> str:
     kind = "ReduceMean" if n.target is aten.mean.dim else "ReduceSum"
     keep = bool(n.args[2]) if len(n.args) > 2 else False
-    return b.op(kind, n.args[0], b.const(list(n.args[1]), np.int64), keepdims=int(keep))  # type: ignore[no-any-return, call-overload, arg-type]
+    return b.op(kind, n.args[0], b.const(list(n.args[1]), np.int64), keepdims=int(keep))
 
 
 @lowers(aten.softmax.int, aten._softmax.default)
 def _softmax(b: Builder, n: Node) -> str:
-    return b.op("Softmax", n.args[0], axis=n.args[1])  # type: ignore[no-any-return]
+    return b.op("Softmax", n.args[0], axis=n.args[1])
 
 
 @lowers(aten.argmax.default)
 def _argmax(b: Builder, n: Node) -> str:
-    return b.op("ArgMax", n.args[0], axis=n.args[1], keepdims=0, select_last_index=0)  # type: ignore[no-any-return]
+    return b.op("ArgMax", n.args[0], axis=n.args[1], keepdims=0, select_last_index=0)
 
 
 @lowers(aten.topk.default)
 def _topk(b: Builder, n: Node) -> tuple[str, ...]:
-    return b.op("TopK", n.args[0], b.const([n.args[1]], np.int64), axis=-1, outputs=2)  # type: ignore[no-any-return]
+    return b.op("TopK", n.args[0], b.const([n.args[1]], np.int64), axis=-1, outputs=2)
 
 
 @lowers(aten.to.dtype, aten._to_copy.default, aten.type_as.default)
 def _cast(b: Builder, n: Node) -> str:
-    return b.op("Cast", n.args[0], to=onnx_dtype(n.meta["val"].dtype))  # type: ignore[no-any-return]
+    return b.op("Cast", n.args[0], to=onnx_dtype(n.meta["val"].dtype))
 
 
 @lowers(aten.contiguous.default, aten.clone.default, aten.dropout.default, aten.detach.default)

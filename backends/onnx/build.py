@@ -29,7 +29,8 @@ class Builder:
         self.nodes: list[NodeProto] = []
         self.initializers: dict[str, TensorProto] = {}
         self.values: dict[Node, Any] = {}
-        self.inputs: dict[str, str] = {}
+        self.flat: dict[Any, str] = {}  # FX node [B,R,H,D] -> its value as [B,R,H*D]
+        self.rows: dict[Any, tuple[str, str]] = {}  # FX node -> its rows in int8 and their scales
         self._constants: dict[Any, str] = {}
         self._cache: dict[Any, str] = {}
         self._symbols: dict[str, tuple[str, int]] = {}
@@ -142,10 +143,10 @@ class Builder:
             target[unknown[0]] = -1
             unknown = []
         if not unknown:
-            return self.op("Reshape", value, self.const(target, np.int64))  # type: ignore[no-any-return]
-        parts = [self.const([s], np.int64) if isinstance(s, int) else self.size(s) for s in map(lambda n: n, new)]
+            return self.op("Reshape", value, self.const(target, np.int64))
+        parts = [self.const([s], np.int64) if isinstance(s, int) else self.size(s) for s in new]
         wanted = self.once(("shape", tuple(map(str, new))), lambda: self.op("Concat", *parts, axis=0))
-        return self.op("Reshape", value, wanted)  # type: ignore[no-any-return]
+        return self.op("Reshape", value, wanted)
 
     def dtype(self, node: Node) -> int:
         """ONNX element type of a node."""

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 
 from planc.runtime.artifact import Manifest
-from planc.runtime.engine import EngineSpec, Ints, Outputs, Step
+from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.errors import ArtifactError
 from planc.runtime.rows import key_bias, positions_of
 
@@ -23,9 +23,7 @@ class OnnxCache:
 
     def __init__(self, engine: OnnxEngine, batch: int, capacity: int) -> None:
         # zeros, not empty: a slot that nobody wrote must not hold NaN; untouched pages cost no memory
-        self.state = {
-            name: np.zeros((batch, shape[1], capacity, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()
-        }
+        self.state = {name: np.zeros((batch, shape[1], capacity, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
         self.bindings: dict[tuple[int, bool, bool], Any] = {}
@@ -66,7 +64,9 @@ class OnnxEngine:
         try:
             self.session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types without a common base
-            raise ArtifactError("artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(directory), fix="compile the plan again") from error
+            raise ArtifactError(
+                "artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(directory), fix="compile the plan again"
+            ) from error
         self.spec: EngineSpec = manifest.signature.spec()
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
@@ -81,8 +81,9 @@ class OnnxEngine:
         """See the engine contract."""
         return OnnxCache(self, batch, capacity)
 
-    def forward(self, cache: OnnxCache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+    def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
         """See the engine contract. Fused attention takes several rows of one sequence only, so a batch goes through sequence by sequence."""
+        assert isinstance(cache, OnnxCache)
         batch = step.tokens.shape[0]
         if batch == 1 or self.batches:
             return self._run(cache, slice(0, batch), step, logits, top_k)
@@ -132,7 +133,7 @@ class OnnxEngine:
             cache.buffers[key] = np.empty(count, dtype)
         array = cache.buffers[key][:count].reshape(full)
         binding.bind_output(name, "cpu", 0, dtype, full, array.ctypes.data)
-        return array  # type: ignore[no-any-return]
+        return array
 
     def _bind_state(self, cache: OnnxCache, part: slice) -> Any:
         """Past and present of each layer are the same buffer."""

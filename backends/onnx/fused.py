@@ -23,18 +23,24 @@ def _add(b: Builder, n: Node) -> str | None:
     left, right = n.args[:2]
     alike = all(isinstance(a, Node) and str(a.meta["val"].shape) == str(n.meta["val"].shape) for a in (left, right))
     if norm is None or not alike or n.kwargs or n.meta["val"].dim() != 3:
-        return ATEN[aten.add.Tensor](b, n)  # type: ignore[return-value]
+        return ATEN[aten.add.Tensor](b, n)
     normed, _, _, total = b.op(
-        "SkipSimplifiedLayerNormalization", left, right, norm.args[1], domain=MICROSOFT, outputs=4, epsilon=float(norm.args[2])  # type: ignore[arg-type]
+        "SkipSimplifiedLayerNormalization",
+        left,
+        right,
+        norm.args[1],
+        domain=MICROSOFT,
+        outputs=4,
+        epsilon=float(norm.args[2]),
     )
     b.values[norm] = normed
-    return total  # type: ignore[no-any-return]
+    return total
 
 
 def _rms_norm(b: Builder, n: Node) -> str:
     if n in b.values:  # computed with the sum before it
-        return b.values[n]  # type: ignore[no-any-return]
-    return b.op("SimplifiedLayerNormalization", n.args[0], n.args[1], axis=-1, epsilon=float(n.args[2]))  # type: ignore[no-any-return, arg-type]
+        return b.values[n]
+    return b.op("SimplifiedLayerNormalization", n.args[0], n.args[1], axis=-1, epsilon=float(n.args[2]))
 
 
 def _glu(b: Builder, n: Node) -> str:
@@ -44,8 +50,8 @@ def _glu(b: Builder, n: Node) -> str:
     elif activation == "gelu_tanh":
         active = b.op("Gelu", gate, approximate="tanh")
     else:
-        return STANDARD[OPS.glu.default](b, n)  # type: ignore[return-value]
-    return b.op("Mul", active, up)  # type: ignore[no-any-return]
+        return STANDARD[OPS.glu.default](b, n)
+    return b.op("Mul", active, up)
 
 
 def flat(b: Builder, node: Node) -> str:
@@ -55,8 +61,8 @@ def flat(b: Builder, node: Node) -> str:
         old, new = source.meta["val"].shape, node.meta["val"].shape
         if old[2] == new[2] * new[3]:
             return b[source]
-    if ("flat", node) in b.values:
-        return b.values["flat", node]  # type: ignore[index, no-any-return]
+    if node in b.flat:
+        return b.flat[node]
     _, _, heads, width = node.meta["val"].shape
     value = b[node]
     return b.once(("flat", node), lambda: b.op("Reshape", value, b.const([0, 0, heads * width], np.int64)))
@@ -65,10 +71,10 @@ def flat(b: Builder, node: Node) -> str:
 def tables(b: Builder, cos: Node) -> tuple[str, str, str]:
     """Positions and the constant cos and sin tables [positions, D/2] behind a `cos` or `sin` node of rope_table."""
     table = cos.args[0]
-    positions, frequency, scaling = table.args  # type: ignore[union-attr, misc]
-    inv_freq = b.program.params[str(frequency.target)]  # type: ignore[union-attr]
+    positions, frequency, scaling = table.args
+    inv_freq = b.program.params[str(frequency.target)]
     both = OPS.rope_table.default(torch.arange(b.positions)[None], inv_freq, scaling)
-    name = f"{frequency.target}.{scaling}"  # type: ignore[union-attr]
+    name = f"{frequency.target}.{scaling}"
     return b[positions], b.tensor(f"{name}.cos", both[0][0].numpy()), b.tensor(f"{name}.sin", both[1][0].numpy())
 
 
@@ -86,17 +92,17 @@ def _rotate(b: Builder, n: Node) -> str:
     turned = 2 * int(cos.meta["val"].shape[-1])
     partial = {"num_heads": heads, "rotary_embedding_dim": turned} if turned != width else {"num_heads": heads}
     out = b.op("RotaryEmbedding", flat(b, x), positions, cos_table, sin_table, domain=MICROSOFT, **partial)
-    b.values["flat", n] = out  # type: ignore[index]
+    b.flat[n] = out
     b.values[n] = b.op("Reshape", out, b.const([0, 0, heads, width], np.int64))
-    return out  # type: ignore[no-any-return]
+    return out
 
 
 def _grouped(b: Builder, n: Node) -> bool:
     """Whether GroupQueryAttention can do it: keys and values equally wide, in multiples of 8, and no wish for separate products."""
     q, _, v, past_k = n.args[:4]
-    width = int(q.meta["val"].shape[3])  # type: ignore[union-attr]
-    state = next(s for s in b.program.states if f"{s.name}.key" == past_k.target)  # type: ignore[union-attr]
-    return not state.split and width == v.meta["val"].shape[3] and width % 8 == 0  # type: ignore[union-attr, no-any-return]
+    width = int(q.meta["val"].shape[3])
+    state = next(s for s in b.program.states if f"{s.name}.key" == past_k.target)
+    return not state.split and width == v.meta["val"].shape[3] and width % 8 == 0
 
 
 def _rotates(b: Builder, n: Node) -> bool:
@@ -105,38 +111,45 @@ def _rotates(b: Builder, n: Node) -> bool:
         return False
     q, k = n.args[:2]
     ropes = all(isinstance(x, Node) and x.target is OPS.rope.default for x in (q, k))
-    return ropes and q.args[1:] == k.args[1:] and int(q.meta["val"].shape[3]) % 16 == 0  # type: ignore[union-attr]
+    return ropes and q.args[1:] == k.args[1:] and int(q.meta["val"].shape[3]) % 16 == 0
 
 
 def _cached_attention(b: Builder, n: Node) -> tuple[str, ...]:
     q, k, v, past_k, past_v, lengths, bias, scale, window, softcap = n.args
-    state = next(s for s in b.program.states if f"{s.name}.key" == past_k.target)  # type: ignore[union-attr]
+    state = next(s for s in b.program.states if f"{s.name}.key" == past_k.target)
     if not _grouped(b, n):
-        return STANDARD[OPS.cached_attention.default](b, n)  # type: ignore[return-value]
-    total, longest = _totals(b, lengths, q)  # type: ignore[arg-type]
-    _, _, heads, width = q.meta["val"].shape  # type: ignore[union-attr]
+        return STANDARD[OPS.cached_attention.default](b, n)
+    total, longest = _totals(b, lengths, q)
+    heads = int(q.meta["val"].shape[2])
     rotate = _rotates(b, n)
     if rotate:
-        positions, cos, sin = tables(b, q.args[1])  # type: ignore[union-attr, arg-type]
-        sources = [q.args[0], k.args[0], v]  # type: ignore[union-attr]
+        positions, cos, sin = tables(b, q.args[1])
+        sources = [q.args[0], k.args[0], v]
     else:
-        positions, cos, sin = None, None, None  # type: ignore[assignment]
+        positions, cos, sin = None, None, None
         sources = [q, k, v]
     out, keys, values = b.op(
         "GroupQueryAttention",
-        *_packed(b, sources),  # type: ignore[arg-type]
-        past_k, past_v, total, longest, cos, sin, positions if rotate else None, bias,  # fmt: skip
+        *_packed(b, sources),
+        past_k,
+        past_v,
+        total,
+        longest,
+        cos,
+        sin,
+        positions if rotate else None,
+        bias,
         domain=MICROSOFT,
         outputs=3,
         num_heads=heads,
         kv_num_heads=state.heads,
-        scale=float(scale),  # type: ignore[arg-type]
+        scale=float(scale),
         local_window_size=window if window and bias is None else None,
-        softcap=float(softcap) or None,  # type: ignore[arg-type]
+        softcap=float(softcap) or None,
         do_rotary=int(rotate) or None,
     )
     first = next(u for u in n.users if u.target is operator.getitem and u.args[1] == 0)
-    b.values["flat", first] = out  # type: ignore[index]
+    b.flat[first] = out
     return out, keys, values
 
 
@@ -144,11 +157,11 @@ def _packed(b: Builder, sources: list[Node]) -> list[str | None]:
     """q, k, v as the operator wants them: one packed product where all three are slices of it in order."""
     parts = [s.args[0] if s.target is aten.view.default else None for s in sources]
     if all(isinstance(p, Node) and p.target is operator.getitem for p in parts):
-        split = {p.args[0] for p in parts}  # type: ignore[union-attr]
-        if len(split) == 1 and [p.args[1] for p in parts] == [0, 1, 2]:  # type: ignore[union-attr]
+        split = {p.args[0] for p in parts}
+        if len(split) == 1 and [p.args[1] for p in parts] == [0, 1, 2]:
             whole = next(iter(split))
-            if whole.target is aten.split_with_sizes.default and len(whole.args[1]) == 3 and whole.args[0].meta["val"].dim() == 3:  # type: ignore[union-attr]
-                return [b[whole.args[0]], None, None]  # type: ignore[union-attr, list-item]
+            if whole.target is aten.split_with_sizes.default and len(whole.args[1]) == 3 and whole.args[0].meta["val"].dim() == 3:
+                return [b[whole.args[0]], None, None]
     return [flat(b, s) for s in sources]
 
 
@@ -158,7 +171,7 @@ def _totals(b: Builder, lengths: Node, q: Node) -> tuple[str, str]:
     def last() -> str:
         rows = b.size(q.meta["val"].shape[1])
         keys = b.op("Add", lengths, b.op("Sub", rows, b.const([1], np.int64)))
-        return b.op("Cast", keys, to=6)  # type: ignore[no-any-return]
+        return b.op("Cast", keys, to=6)
 
     total = b.once(("last key", lengths), last)
     longest = b.once(("longest", lengths), lambda: b.op("Add", b.op("ReduceMax", total, keepdims=0), b.const(1, np.int32)))
@@ -168,20 +181,20 @@ def _totals(b: Builder, lengths: Node, q: Node) -> tuple[str, str]:
 def _reshape(b: Builder, n: Node) -> str:
     """[B,R,H,D] of an attention -> [B,R,H*D] is what GroupQueryAttention returns already."""
     x = n.args[0]
-    if ("flat", x) in b.values and n.meta["val"].dim() == 3:
-        return b.values["flat", x]  # type: ignore[index, no-any-return]
-    if isinstance(x, Node) and x.target is operator.getitem and ("flat", x) in b.values:
-        return b.reshape(b.values["flat", x], n.meta["val"].shape, n.meta["val"].shape)  # type: ignore[index]
-    return ATEN[aten.reshape.default](b, n)  # type: ignore[return-value]
+    if x in b.flat and n.meta["val"].dim() == 3:
+        return b.flat[x]
+    if isinstance(x, Node) and x.target is operator.getitem and x in b.flat:
+        return b.reshape(b.flat[x], n.meta["val"].shape, n.meta["val"].shape)
+    return ATEN[aten.reshape.default](b, n)
 
 
 def _getitem(b: Builder, n: Node) -> str:
     """Attention outputs leave the operator flat."""
-    value = b.values[n.args[0]][n.args[1]]  # type: ignore[index]
-    if ("flat", n) in b.values and any(u.target not in (aten.reshape.default, aten.view.default) for u in n.users):
+    value = b.values[n.args[0]][n.args[1]]
+    if n in b.flat and any(u.target not in (aten.reshape.default, aten.view.default) for u in n.users):
         _, _, heads, width = n.meta["val"].shape
-        return b.op("Reshape", value, b.const([0, 0, heads, width], np.int64))  # type: ignore[no-any-return]
-    return value  # type: ignore[no-any-return]
+        return b.op("Reshape", value, b.const([0, 0, heads, width], np.int64))
+    return value
 
 
 TABLE: dict[object, Lowering] = {

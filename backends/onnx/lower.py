@@ -56,7 +56,9 @@ def build(program: Program, weights: WeightFile, *, ops: Literal["fast", "standa
 
 
 def _lower_node(builder: Builder, table: dict[Any, Any], node: Node) -> None:
-    if str(node.target).startswith("aten.sym_") or getattr(node.target, "__module__", "") == "_operator" and not hasattr(node.meta.get("val"), "dtype"):
+    if str(node.target).startswith("aten.sym_") or (
+        getattr(node.target, "__module__", "") == "_operator" and not hasattr(node.meta.get("val"), "dtype")
+    ):
         return
     if node.target not in table:
         raise unsupported(node)

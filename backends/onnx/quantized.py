@@ -23,11 +23,11 @@ def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
         sizes = str(x.meta["val"].shape[:-1])
         zeros = b.once(("row zeros", sizes), lambda: b.op("Expand", b.const([128], np.uint8), b.op("Shape", scale)))
         values = b.op("QuantizeLinear", x, scale, zeros, axis=rank - 1, block_size=width)
-        b.values["rows", x] = (values, scale)  # type: ignore[index]
-        return values  # type: ignore[no-any-return]
+        b.rows[x] = (values, scale)
+        return values
 
     b.once(("rows", x), make)
-    return b.values["rows", x]  # type: ignore[index, no-any-return]
+    return b.rows[x]
 
 
 def _linear_int8(b: Builder, n: Node) -> str:
@@ -37,7 +37,7 @@ def _linear_int8(b: Builder, n: Node) -> str:
     stored, middle = b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8)
     product = b.op("MatMulIntegerToFloat", values, stored, b.const(1.0), scale, middle, domain=MICROSOFT)
     out = b.op("Mul", product, row_scale)
-    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+    return out if bias is None else b.op("Add", out, bias)
 
 
 def _linear_int8_standard(b: Builder, n: Node) -> str:
@@ -46,34 +46,45 @@ def _linear_int8_standard(b: Builder, n: Node) -> str:
     values, row_scale = quantized_rows(b, x)
     sums = b.op("MatMulInteger", values, b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8))
     out = b.op("Mul", b.op("Mul", b.op("Cast", sums, to=TensorProto.FLOAT), scale), row_scale)
-    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+    return out if bias is None else b.op("Add", out, bias)
 
 
 def _linear_blocks(b: Builder, n: Node) -> str:
     """MatMulNBits, whose fast path knows only whole zero points: w = s * (q - 8) + (8 - zero) * s, and the second part is constant inside a
     block, so it becomes a small product with the block sums of x."""
     x, packed, scales, zeros, bias, bits, block = n.args
-    width = int(block)  # type: ignore[call-overload]
-    inputs, outputs = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])  # type: ignore[union-attr]
-    flat_scales = b.param(str(scales.target), lambda s: s.reshape(-1), ".flat")  # type: ignore[union-attr]
+    width = int(block)
+    inputs, outputs = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])
+    flat_scales = b.param(str(scales.target), lambda s: s.reshape(-1), ".flat")
     out = b.op(
-        "MatMulNBits", x, packed, flat_scales, None, None, bias,
-        domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=width, accuracy_level=4,
-    )  # fmt: skip
+        "MatMulNBits",
+        x,
+        packed,
+        flat_scales,
+        None,
+        None,
+        bias,
+        domain=MICROSOFT,
+        K=inputs,
+        N=outputs,
+        bits=bits,
+        block_size=width,
+        accuracy_level=4,
+    )
     if zeros is None:
-        return out  # type: ignore[no-any-return]
-    middle = 2 ** (int(bits) - 1)  # type: ignore[call-overload]
-    shift = ((middle - b.array(str(zeros.target))) * b.array(str(scales.target))).T  # type: ignore[union-attr]
-    cut = b.op("Reshape", x, b.const([0] * (x.meta["val"].dim() - 1) + [inputs // width, width], np.int64))  # type: ignore[union-attr]
+        return out
+    middle = 2 ** (int(bits) - 1)
+    shift = ((middle - b.array(str(zeros.target))) * b.array(str(scales.target))).T
+    cut = b.op("Reshape", x, b.const([0] * (x.meta["val"].dim() - 1) + [inputs // width, width], np.int64))
     sums = b.op("ReduceSum", cut, b.const([-1], np.int64), keepdims=0)
-    rest = b.op("MatMul", sums, b.tensor(f"{packed.target}.shift", np.ascontiguousarray(shift, dtype=np.float32)))  # type: ignore[union-attr]
-    return b.op("Add", out, rest)  # type: ignore[no-any-return]
+    rest = b.op("MatMul", sums, b.tensor(f"{packed.target}.shift", np.ascontiguousarray(shift, dtype=np.float32)))
+    return b.op("Add", out, rest)
 
 
 def _embedding_int8(b: Builder, n: Node) -> str:
     table, scale, ids = n.args
     rows = b.op("Cast", b.op("Gather", table, ids, axis=0), to=TensorProto.FLOAT)
-    return b.op("Mul", rows, b.op("Unsqueeze", b.op("Gather", scale, ids, axis=0), b.const([-1], np.int64)))  # type: ignore[no-any-return]
+    return b.op("Mul", rows, b.op("Unsqueeze", b.op("Gather", scale, ids, axis=0), b.const([-1], np.int64)))
 
 
 TABLE: dict[object, Lowering] = {
@@ -86,21 +97,21 @@ TABLE: dict[object, Lowering] = {
 def _linear_blocks_standard(b: Builder, n: Node) -> str:
     """DequantizeLinear per block, then a plain product: standard from opset 21 on."""
     x, packed, scales, zeros, bias, bits, block = n.args
-    inputs = int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+    inputs = int(x.meta["val"].shape[-1])
 
     def unpack(p: np.ndarray) -> np.ndarray:
         values = np.stack((p & 15, p >> 4), -1) if bits == 4 else p
         return np.asarray(values.reshape(p.shape[0], -1)[:, :inputs].T, dtype=np.uint8)
 
-    width = int(block)  # type: ignore[call-overload]
-    stored = b.param(str(packed.target), unpack, ".steps")  # type: ignore[union-attr]
-    zero = None if zeros is None else b.array(str(zeros.target))  # type: ignore[union-attr]
-    offset = np.float32(2 ** (int(bits) - 1)) if zero is None else np.repeat(zero, width, 1)[:, :inputs].T.astype(np.float32)  # type: ignore[call-overload]
-    spread = b.param(str(scales.target), lambda s: np.ascontiguousarray(np.repeat(s, width, 1)[:, :inputs].T), ".spread")  # type: ignore[union-attr]
-    shift = b.const(float(offset)) if zero is None else b.tensor(f"{zeros.target}.spread", np.ascontiguousarray(offset))  # type: ignore[union-attr]
+    width = int(block)
+    stored = b.param(str(packed.target), unpack, ".steps")
+    zero = None if zeros is None else b.array(str(zeros.target))
+    offset = np.float32(2 ** (int(bits) - 1)) if zero is None else np.repeat(zero, width, 1)[:, :inputs].T.astype(np.float32)
+    spread = b.param(str(scales.target), lambda s: np.ascontiguousarray(np.repeat(s, width, 1)[:, :inputs].T), ".spread")
+    shift = b.const(float(offset)) if zero is None else b.tensor(f"{zeros.target}.spread", np.ascontiguousarray(offset))
     weight = b.op("Mul", b.op("Sub", b.op("Cast", stored, to=TensorProto.FLOAT), shift), spread)
     out = b.op("MatMul", x, weight)
-    return out if bias is None else b.op("Add", out, bias)  # type: ignore[no-any-return]
+    return out if bias is None else b.op("Add", out, bias)
 
 
 STANDARD_TABLE: dict[object, Lowering] = {

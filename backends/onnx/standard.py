@@ -12,14 +12,14 @@ from planc.backends.onnx.build import Builder, Lowering
 from planc.compiler.dialect import MASKED, OPS
 
 aten = torch.ops.aten
-_ACTIVATIONS = {"gelu": {"approximate": "none"}, "gelu_tanh": {"approximate": "tanh"}}
+_GELU = {"gelu": "none", "gelu_tanh": "tanh"}
 
 
 def _rms_norm(b: Builder, n: Node) -> str:
     x, weight, eps = n.args
     mean = b.op("ReduceMean", b.op("Mul", x, x), b.const([-1], np.int64), keepdims=1)
-    scale = b.op("Reciprocal", b.op("Sqrt", b.op("Add", mean, b.const(float(eps)))))  # type: ignore[arg-type]
-    return b.op("Mul", weight, b.op("Mul", x, scale))  # type: ignore[no-any-return]
+    scale = b.op("Reciprocal", b.op("Sqrt", b.op("Add", mean, b.const(float(eps)))))
+    return b.op("Mul", weight, b.op("Mul", x, scale))
 
 
 def _rope_table(b: Builder, n: Node) -> tuple[str, str]:
@@ -27,18 +27,18 @@ def _rope_table(b: Builder, n: Node) -> tuple[str, str]:
     wide = b.op("Cast", b.op("Unsqueeze", positions, b.const([2], np.int64)), to=TensorProto.FLOAT)
     angles = b.op("Mul", wide, frequency)
     both = [b.op(kind, angles) for kind in ("Cos", "Sin")]
-    return tuple(both) if scaling == 1.0 else tuple(b.op("Mul", v, b.const(float(scaling))) for v in both)  # type: ignore[return-value, arg-type]
+    return tuple(both) if scaling == 1.0 else tuple(b.op("Mul", v, b.const(float(scaling))) for v in both)
 
 
 def _rope(b: Builder, n: Node) -> str:
     x, cos, sin = n.args
-    half, width = int(cos.meta["val"].shape[-1]), int(x.meta["val"].shape[-1])  # type: ignore[union-attr]
+    half, width = int(cos.meta["val"].shape[-1]), int(x.meta["val"].shape[-1])
     sizes = [half, half] + ([width - 2 * half] if width > 2 * half else [])
     parts = b.op("Split", x, b.const(sizes, np.int64), axis=3, outputs=len(sizes))
     c, s = (b.once(("heads", t), lambda t=t: b.op("Unsqueeze", t, b.const([2], np.int64))) for t in (cos, sin))
     low = b.op("Sub", b.op("Mul", parts[0], c), b.op("Mul", parts[1], s))
     high = b.op("Add", b.op("Mul", parts[1], c), b.op("Mul", parts[0], s))
-    return b.op("Concat", low, high, *parts[2:], axis=3)  # type: ignore[no-any-return]
+    return b.op("Concat", low, high, *parts[2:], axis=3)
 
 
 def _glu(b: Builder, n: Node) -> str:
@@ -48,8 +48,8 @@ def _glu(b: Builder, n: Node) -> str:
     elif activation == "relu":
         active = b.op("Relu", gate)
     else:
-        active = b.op("Gelu", gate, **_ACTIVATIONS[str(activation)])
-    return b.op("Mul", active, up)  # type: ignore[no-any-return]
+        active = b.op("Gelu", gate, approximate=_GELU[str(activation)])
+    return b.op("Mul", active, up)
 
 
 def _groups(b: Builder, value: str, group: int, heads: int, width: int) -> str:
@@ -57,17 +57,17 @@ def _groups(b: Builder, value: str, group: int, heads: int, width: int) -> str:
     if group == 1:
         return value
     wide = b.op("Concat", *[b.op("Unsqueeze", value, b.const([2], np.int64))] * group, axis=2)
-    return b.op("Reshape", wide, b.const([0, heads, -1, width], np.int64))  # type: ignore[no-any-return]
+    return b.op("Reshape", wide, b.const([0, heads, -1, width], np.int64))
 
 
-def _attend(b: Builder, n: Node, q: str, k: str, v: str, mask: str) -> str:
+def _attend(b: Builder, n: Node, k: str, v: str, mask: str) -> str:
     """softmax(q k^T scale + mask) v for q [B,R,H,D], k and v [B,G,T,D]; the softmax as single steps with the sum in float64, so that masked
     keys between a tree row and its ancestors leave no trace."""
-    query, value = n.args[0].meta["val"], n.args[2].meta["val"]  # type: ignore[union-attr]
+    query, value = n.args[0].meta["val"], n.args[2].meta["val"]
     heads, width = int(query.shape[2]), int(query.shape[3])
     group = heads // int(value.shape[2])
-    scale, softcap = float(n.args[-4 if n.target is OPS.attention.default else -3]), float(n.args[-1])  # type: ignore[arg-type]
-    turned = b.op("Transpose", q, perm=[0, 2, 1, 3])
+    scale, softcap = float(n.args[-4 if n.target is OPS.attention.default else -3]), float(n.args[-1])
+    turned = b.op("Transpose", n.args[0], perm=[0, 2, 1, 3])
     keys = b.op("Transpose", _groups(b, k, group, heads, width), perm=[0, 1, 3, 2])
     scores = b.op("Mul", b.op("MatMul", turned, keys), b.const(scale))
     if softcap:
@@ -78,7 +78,7 @@ def _attend(b: Builder, n: Node, q: str, k: str, v: str, mask: str) -> str:
     total = b.op("ReduceSum", b.op("Cast", weights, to=TensorProto.DOUBLE), b.const([-1], np.int64), keepdims=1)
     mixed = b.op("MatMul", weights, _groups(b, v, group, heads, int(value.shape[3])))
     out = b.op("Div", mixed, b.op("Cast", total, to=TensorProto.FLOAT))
-    return b.op("Transpose", out, perm=[0, 2, 1, 3])  # type: ignore[no-any-return]
+    return b.op("Transpose", out, perm=[0, 2, 1, 3])
 
 
 def _range(b: Builder, size: str) -> str:
@@ -94,38 +94,39 @@ def _hidden(b: Builder, keys: str, slots: str, window: int, causal: bool = True)
         hidden = old if hidden is None else b.op("Or", hidden, old)
     if hidden is None:
         return b.const(0.0)
-    return b.op("Where", hidden, b.const(float(MASKED)), b.const(0.0))  # type: ignore[no-any-return]
+    return b.op("Where", hidden, b.const(float(MASKED)), b.const(0.0))
 
 
 def _attention(b: Builder, n: Node) -> str:
     q, k, v, bias, _, causal, window, _ = n.args
-    rows = _range(b, b.size(q.meta["val"].shape[1]))  # type: ignore[union-attr]
-    keys = _range(b, b.size(k.meta["val"].shape[1]))  # type: ignore[union-attr]
+    rows = _range(b, b.size(q.meta["val"].shape[1]))
+    keys = _range(b, b.size(k.meta["val"].shape[1]))
     slots = b.once(("slots", rows), lambda: b.op("Unsqueeze", rows, b.const([0], np.int64)))
-    mask = b.once(("mask", keys, slots, window, causal), lambda: _hidden(b, keys, slots, window, causal))  # type: ignore[arg-type]
+    mask = b.once(("mask", keys, slots, window, causal), lambda: _hidden(b, keys, slots, window, causal))
     if bias is not None:
         mask = b.op("Add", mask, bias)
     turned = [b.op("Transpose", x, perm=[0, 2, 1, 3]) for x in (k, v)]
-    return _attend(b, n, b[q], *turned, mask)
+    return _attend(b, n, turned[0], turned[1], mask)
 
 
 def _cached_attention(b: Builder, n: Node) -> tuple[str, str, str]:
     q, k, v, past_k, past_v, lengths, bias, _, window, _ = n.args
-    rows = b.size(q.meta["val"].shape[1])  # type: ignore[union-attr]
+    rows = b.size(q.meta["val"].shape[1])
     slots = b.once(
-        ("slots", lengths), lambda: b.op("Add", b.op("Unsqueeze", lengths, b.const([1], np.int64)), b.op("Unsqueeze", _range(b, rows), b.const([0], np.int64)))
+        ("slots", lengths),
+        lambda: b.op("Add", b.op("Unsqueeze", lengths, b.const([1], np.int64)), b.op("Unsqueeze", _range(b, rows), b.const([0], np.int64))),
     )
     total = b.once(("total", lengths), lambda: b.op("Add", b.op("ReduceMax", lengths, keepdims=1), rows))
     seen = _range(b, total)
-    mask = b.once(("mask", lengths, window, bias), lambda: _mask(b, seen, slots, window, bias))  # type: ignore[arg-type]
-    states = [_write(b, past, new, slots) for past, new in ((past_k, k), (past_v, v))]  # type: ignore[arg-type]
+    mask = b.once(("mask", lengths, window, bias), lambda: _mask(b, seen, slots, window, bias))
+    states = [_write(b, past, new, slots) for past, new in ((past_k, k), (past_v, v))]
     visible = [b.op("Slice", s, b.const([0], np.int64), total, b.const([2], np.int64)) for s in states]
-    return _attend(b, n, b[q], *visible, mask), *states
+    return _attend(b, n, visible[0], visible[1], mask), states[0], states[1]
 
 
 def _mask(b: Builder, seen: str, slots: str, window: int, bias: Node | None) -> str:
     hidden = _hidden(b, seen, slots, 0 if bias is not None else window)
-    return hidden if bias is None else b.op("Add", hidden, bias)  # type: ignore[no-any-return]
+    return hidden if bias is None else b.op("Add", hidden, bias)
 
 
 def _write(b: Builder, past: Node, new: Node, slots: str) -> str:
@@ -133,11 +134,11 @@ def _write(b: Builder, past: Node, new: Node, slots: str) -> str:
     turned = b.op("Transpose", new, perm=[0, 2, 1, 3])
     wide = b.once(("index", slots), lambda: b.op("Unsqueeze", slots, b.const([1, 3], np.int64)))
     index = b.op("Expand", wide, b.op("Shape", turned))
-    return b.op("ScatterElements", past, index, turned, axis=2)  # type: ignore[no-any-return]
+    return b.op("ScatterElements", past, index, turned, axis=2)
 
 
 def _rows_from(b: Builder, n: Node) -> str:
-    return b.op("Slice", n.args[0], n.args[1], b.const([2**62], np.int64), b.const([1], np.int64))  # type: ignore[no-any-return]
+    return b.op("Slice", n.args[0], n.args[1], b.const([2**62], np.int64), b.const([1], np.int64))
 
 
 TABLE: dict[object, Lowering] = {

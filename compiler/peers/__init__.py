@@ -5,6 +5,7 @@ A peer is one file here, run by an interpreter that has the library; planc itsel
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import selectors
@@ -164,10 +165,8 @@ class Worker:
 
 
 def _signal_group(group: int, number: int) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
         os.killpg(group, number)
-    except ProcessLookupError:  # it ended meanwhile
-        pass
 
 
 def _import_root() -> str:

@@ -6,6 +6,8 @@ Produces  planc.glu(gate, up, activation)
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch.fx import Node
 
 from planc.compiler.dialect import OPS
@@ -27,11 +29,11 @@ def raise_glu(program: Program) -> Program:
     return edit.done(count, count) if count else program
 
 
-def _activation(node: object) -> str | None:
+def _activation(node: Any) -> str | None:
     if calls(node, aten.silu.default):
         return "silu"
     if calls(node, aten.relu.default):
         return "relu"
     if calls(node, aten.gelu.default):
-        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"  # type: ignore[attr-defined]
+        return "gelu_tanh" if node.kwargs.get("approximate") == "tanh" else "gelu"
     return None

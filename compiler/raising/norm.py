@@ -55,8 +55,8 @@ def _weight(edit: Editor, factor: Node) -> Node | None:
     if is_param(factor) and rank(factor) == 1:
         return factor
     if calls(factor, aten.add.Tensor) and is_param(factor.args[0]) and factor.args[1] == 1.0 and rank(factor) == 1:
-        name = f"{factor.args[0].target}+1"  # type: ignore[union-attr]
+        name = f"{factor.args[0].target}+1"
         with edit.before(factor):
-            value = edit.params[name] if name in edit.params else edit.params[str(factor.args[0].target)] + 1.0  # type: ignore[union-attr]
+            value = edit.params[name] if name in edit.params else edit.params[str(factor.args[0].target)] + 1.0
             return edit.param(name, value)
     return None

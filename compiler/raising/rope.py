@@ -129,10 +129,10 @@ def _evaluate(node: Node, position: Node, sample: Tensor, params: dict[str, Tens
             if n.op == "get_attr":
                 values[n] = params[str(n.target)]
             elif calls(n, aten.sym_size.int):  # every symbolic size of a table is one of the positions' own
-                values[n] = sample.shape[int(n.args[1])]  # type: ignore[arg-type, call-overload]
+                values[n] = sample.shape[int(n.args[1])]
             else:
                 args, kwargs = torch.fx.node.map_arg((n.args, n.kwargs), value)
-                values[n] = n.target(*args, **kwargs)  # type: ignore[operator]
+                values[n] = n.target(*args, **kwargs)
         return values[n]
 
-    return value(node)  # type: ignore[no-any-return]
+    return value(node)

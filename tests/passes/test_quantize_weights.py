@@ -156,7 +156,7 @@ def test_property(name: str, form: str, modules: dict[str, str], joined: bool, s
         assert new.bytes() < program.bytes()
     ids = token_ids(1, 7, seed=seed)
     have, want = probe(new, ids)["logits"], probe(program, ids)["logits"]
-    worst = {"int8": 0.15, "int8_blocks": 0.1, "int4_blocks": 1.5, "none": 0.0}  # relative error of random weights; measured, twice the largest
+    worst = {"int8": 0.12, "int8_blocks": 0.045, "int4_blocks": 0.85, "none": 0.0}  # relative error of random weights; measured, twice the largest
     limit = max(worst[f] for f in formats)
     assert float((have - want).norm() / want.norm()) <= limit
 

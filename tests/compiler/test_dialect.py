@@ -1,0 +1,208 @@
+"""The dialect: fake kernels agree with the real ones, and the reference means what its documentation says."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models_tiny import close
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from planc.compiler.block_formats import round_blocks
+from planc.compiler.dialect import ACTIVATIONS, OPS, quantize_rows, unpack_blocks
+
+Draw = Callable[[int, int], int]
+
+
+def _attention(n: Draw) -> tuple[Any, ...]:
+    batch, rows, groups, queries, width = n(1, 2), n(1, 5), n(1, 3), n(1, 3), n(1, 9)
+    q, k, v = (torch.randn(batch, rows, heads, w) for heads, w in ((groups * queries, width), (groups, width), (groups, width + n(0, 2))))
+    bias = torch.randn(1, 1, rows, rows) if n(0, 1) else None
+    return (q, k, v, bias, 0.5, bool(n(0, 1)), n(0, 3), n(0, 1) * 5.0)
+
+
+def _cached_attention(n: Draw) -> tuple[Any, ...]:
+    q, k, v, _, scale, _, window, softcap = _attention(n)
+    batch, rows, groups, width = k.shape
+    capacity = rows + n(0, 6)
+    past = [torch.randn(batch, groups, capacity, w) for w in (width, v.shape[3])]
+    lengths = torch.tensor([n(0, capacity - rows) for _ in range(batch)])
+    bias = torch.zeros(batch, 1, rows, int(lengths.max()) + rows) if n(0, 1) else None
+    return (q, k, v, *past, lengths, bias, scale, window, softcap)
+
+
+def _rms_norm(n: Draw) -> tuple[Any, ...]:
+    width = n(1, 9)
+    return (torch.randn(n(1, 3), n(1, 4), width), torch.randn(width), 1e-6)
+
+
+def _rope_table(n: Draw) -> tuple[Any, ...]:
+    return (torch.randint(0, 99, (n(1, 3), n(1, 5))), torch.rand(n(1, 5)), 1.0 + n(0, 1))
+
+
+def _rope(n: Draw) -> tuple[Any, ...]:
+    batch, rows, half = n(1, 3), n(1, 4), n(1, 4)
+    return (torch.randn(batch, rows, n(1, 3), 2 * half + n(0, 3)), torch.randn(batch, rows, half), torch.randn(batch, rows, half))
+
+
+def _glu(n: Draw) -> tuple[Any, ...]:
+    shape = (n(1, 3), n(1, 3), n(1, 9))
+    return (torch.randn(shape), torch.randn(shape), list(ACTIVATIONS)[n(0, len(ACTIVATIONS) - 1)])
+
+
+def _linear_int8(n: Draw) -> tuple[Any, ...]:
+    inputs, outputs = n(1, 9), n(1, 9)
+    weight = torch.randint(-127, 128, (outputs, inputs), dtype=torch.int8)
+    return (torch.randn(n(1, 3), n(1, 3), inputs), weight, torch.rand(outputs), torch.randn(outputs) if n(0, 1) else None)
+
+
+def _linear_blocks(n: Draw) -> tuple[Any, ...]:
+    bits, block, blocks, outputs = (4, 8)[n(0, 1)], (16, 32)[n(0, 1)], n(1, 3), n(1, 5)
+    packed = torch.randint(0, 256, (outputs, blocks, block * bits // 8), dtype=torch.uint8)
+    zeros = torch.rand(outputs, blocks) if n(0, 1) else None
+    bias = torch.randn(outputs) if n(0, 1) else None
+    return (torch.randn(n(1, 2), n(1, 3), blocks * block), packed, torch.rand(outputs, blocks), zeros, bias, bits, block)
+
+
+def _embedding_int8(n: Draw) -> tuple[Any, ...]:
+    rows = n(1, 9)
+    return (torch.randint(-127, 128, (rows, n(1, 5)), dtype=torch.int8), torch.rand(rows), torch.randint(0, rows, (n(1, 3), n(1, 4))))
+
+
+def _rows_from(n: Draw) -> tuple[Any, ...]:
+    rows = n(1, 6)
+    return (torch.randn(n(1, 2), rows, n(1, 3)), torch.tensor([n(0, rows - 1)]))
+
+
+INPUTS = {
+    "attention": _attention,
+    "cached_attention": _cached_attention,
+    "rms_norm": _rms_norm,
+    "rope_table": _rope_table,
+    "rope": _rope,
+    "glu": _glu,
+    "linear_int8": _linear_int8,
+    "linear_blocks": _linear_blocks,
+    "embedding_int8": _embedding_int8,
+    "rows_from": _rows_from,
+}
+
+
+def test_every_op_is_here() -> None:
+    ops = torch._C._dispatch_get_all_op_names()
+    assert {name.removeprefix("planc::") for name in ops if name.startswith("planc::")} == set(INPUTS)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+@settings(max_examples=15, deadline=None)
+@given(data=st.data())
+def test_fake_agrees_with_real(name: str, data: st.DataObject) -> None:
+    torch.manual_seed(data.draw(st.integers(0, 99)))
+    args = INPUTS[name](lambda low, high: data.draw(st.integers(low, high)))
+    op = getattr(OPS, name).default
+    copies = [a.clone() if isinstance(a, Tensor) else a for a in args]
+    real = op(*args)
+    assert all(torch.equal(a, c) for a, c in zip(args, copies, strict=True) if isinstance(a, Tensor))  # pure
+    with FakeTensorMode(shape_env=ShapeEnv()) as mode:
+        fake = op(*(mode.from_tensor(a, static_shapes=True) if isinstance(a, Tensor) else a for a in args))
+    for have, want in zip(*((v,) if isinstance(v, Tensor) else v for v in (fake, real)), strict=True):
+        sizes = [s if isinstance(s, int) else None for s in have.shape]  # a size that depends on data is unknown
+        assert all(s in (None, w) for s, w in zip(sizes, want.shape, strict=True))
+        assert sizes.count(None) <= (name == "rows_from")
+        assert have.dtype == want.dtype
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_opcheck(name: str) -> None:
+    torch.manual_seed(0)
+    args = INPUTS[name](lambda low, high: high)
+    tests = ("test_schema", "test_faketensor") if name == "rows_from" else ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(getattr(OPS, name).default, args, test_utils=tests)
+
+
+# ---- meaning, against loops over single numbers ----
+
+
+def test_attention_means_what_it_says() -> None:
+    torch.manual_seed(0)
+    for causal, window, softcap, biased in itertools.product((False, True), (0, 2), (0.0, 1.5), (False, True)):
+        q, k, v = torch.randn(1, 5, 4, 3), torch.randn(1, 5, 2, 3), torch.randn(1, 5, 2, 6)
+        bias = torch.randn(1, 4, 5, 5) if biased else None
+        have = OPS.attention.default(q, k, v, bias, 0.7, causal, window, softcap)
+        for row, head in itertools.product(range(5), range(4)):
+            scores = 0.7 * k[0, :, head // 2] @ q[0, row, head]
+            scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+            scores = scores + bias[0, head, row] if bias is not None else scores
+            seen = [t for t in range(5) if not (causal and t > row) and not (window and t <= row - window)]
+            weights = torch.softmax(scores[seen], 0)
+            close(have[0, row, head], weights @ v[0, seen, head // 2])
+
+
+def test_cached_attention_is_attention_over_what_was_kept() -> None:
+    torch.manual_seed(1)
+    for window, softcap in itertools.product((0, 3), (0.0, 2.0)):
+        q, k, v = torch.randn(2, 9, 4, 4), torch.randn(2, 9, 2, 4), torch.randn(2, 9, 2, 4)
+        want = OPS.attention.default(q, k, v, None, 0.5, True, window, softcap)
+        lengths = torch.tensor([6, 4])  # ragged: the first sequence has 6 committed slots, the second 4
+        past = [torch.full((2, 2, 11, 4), torch.nan) for _ in range(2)]  # what is not committed is never read
+        for b, length in enumerate(lengths.tolist()):
+            for state, new in zip(past, (k, v), strict=True):
+                state[b, :, :length] = new[b, :length].transpose(0, 1)
+                state[b, :, length:] = torch.randn(2, 11 - length, 4) * 100
+        rows = [slice(n, n + 3) for n in lengths.tolist()]
+        q3, k3, v3 = (torch.stack([x[b, r] for b, r in enumerate(rows)]) for x in (q, k, v))
+        out, new_k, _ = OPS.cached_attention.default(q3, k3, v3, *past, lengths, None, 0.5, window, softcap)
+        for b, r in enumerate(rows):
+            close(out[b], want[b, r])
+            assert torch.equal(new_k[b, :, r], k3[b].transpose(0, 1))
+            assert torch.equal(new_k[b, :, : r.start], past[0][b, :, : r.start])
+
+
+def test_rms_norm_and_rope() -> None:
+    x, w = torch.randn(2, 3, 8), torch.randn(8)
+    close(OPS.rms_norm.default(x, w, 1e-5), torch.nn.functional.rms_norm(x, (8,), w, 1e-5))
+    half = torch.bfloat16
+    assert OPS.rms_norm.default(x.to(half), w.to(half), 1e-5).dtype == half
+    x, positions, frequencies = torch.randn(1, 4, 2, 6), torch.tensor([[0, 1, 2, 9]]), torch.tensor([1.0, 0.1])
+    cos, sin = OPS.rope_table.default(positions, frequencies, 2.0)
+    have = OPS.rope.default(x, cos, sin)
+    for row, position in enumerate(positions[0].tolist()):
+        for i, frequency in enumerate(frequencies.tolist()):  # channels i and i + 2 turn as a complex number; 4 and 5 stay
+            turned = 2 * torch.complex(x[0, row, :, i], x[0, row, :, i + 2]) * torch.polar(torch.tensor(1.0), torch.tensor(position * frequency))
+            close(have[0, row, :, i], turned.real)
+            close(have[0, row, :, i + 2], turned.imag)
+    assert torch.equal(have[..., 4:], x[..., 4:])
+
+
+def test_quantised_rows() -> None:
+    x = torch.tensor([[0.0, 0.0, 0.0], [1.0, -2.0, 0.5], [1e-30, 0.0, -1e-30]])
+    values, scale = quantize_rows(x)
+    assert values[0].tolist() == [0, 0, 0]
+    assert values[1].tolist() == [64, -127, 32]
+    assert float(values.abs().max()) <= 127
+    close(values[1] * scale[1], x[1], 2 / 127 / 2)
+    weight, bias = torch.full((2, 3), 100, dtype=torch.int8), torch.tensor([1.0, -1.0])
+    out = OPS.linear_int8.default(x[:1], weight, torch.ones(2), bias)
+    assert torch.equal(out, bias[None])  # a row of zeros gives the bias
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.sampled_from([4, 8]), st.sampled_from([16, 32]), st.integers(1, 4), st.integers(1, 5), st.floats(1e-6, 1e6), st.integers(0, 99))
+def test_rounded_blocks(bits: int, block: int, blocks: int, outputs: int, size: float, seed: int) -> None:
+    weight = torch.randn(outputs, blocks * block, generator=torch.Generator().manual_seed(seed)) * size
+    weight[0] = 0.0
+    packed, scales, zeros = round_blocks(weight, bits, block)
+    assert packed.shape == (outputs, blocks, block * bits // 8) and packed.dtype == torch.uint8 and zeros is None
+    error = (unpack_blocks(packed, scales, zeros, bits, block, blocks * block) - weight).abs().reshape(outputs, blocks, block)
+    # half a step, but a whole one at the end of the range that has one step less
+    assert bool((error <= scales.abs()[..., None] * (1 + 1e-4)).all())
+    assert float((error > scales.abs()[..., None] * 0.5001).float().mean()) < 0.1
+    assert float(error[0].max()) == 0.0
+    assert bool(torch.isfinite(scales).all())
