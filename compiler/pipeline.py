@@ -99,14 +99,15 @@ def bisect(program: Program, passes: Sequence[Pass], context: Context, sample: T
     wanted = probe(program, sample)["logits"]
     for part in ordered(passes):
         program = part.apply(program, context)
-        if float((probe(program, sample)["logits"] - wanted).abs().max()) > tolerance * float(wanted.abs().max()):
+        difference = float((probe(program, sample)["logits"] - wanted).abs().max())
+        if not difference <= tolerance * float(wanted.abs().max()):  # NaN is a difference, too
             return part.key
     return None
 
 
 def _check_effect(part: Pass, difference: float, largest: float) -> None:
     effect = part.effect
-    if effect.kind != "changes" and difference > effect.tolerance * max(largest, 1.0):
+    if effect.kind != "changes" and not difference <= effect.tolerance * max(largest, 1.0):  # NaN is not equal either
         raise CompileError(
             "equality-failed",
             f"{part.key} declares itself {effect.kind} (within {effect.tolerance:g} of the largest logit) but moved a logit by {difference:.3g}",

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from planc.compiler.dialect import NAMESPACE
 from planc.compiler.program import Program, describe, fake_mode
 from planc.runtime.errors import CompileError
+
+_Basis = tuple[Any, Any, list[Any]]  # operation, constants, recorded values (compared by identity)
 
 
 def verify(program: Program, after: str, outputs: tuple[str, ...] = ()) -> None:
@@ -26,20 +27,20 @@ def verify(program: Program, after: str, outputs: tuple[str, ...] = ()) -> None:
             graph.lint()
         except RuntimeError as error:
             raise _broken(after, str(error)) from error
-        values: dict[Node, Any] = {}
-        mode = fake_mode(graph)
         for node in graph.nodes:
             if node.op == "output":
                 continue
             _check_node(program, node, after)
-            # what the pass did not touch was checked when it was made; a node is computed again where it or one of its inputs is new
-            fresh = any(n.meta.get("pass") == after for n in (node, *node.all_input_nodes))
-            values[node] = _value(node, values, mode, after) if fresh else node.meta.get("val")
+            if node.op == "call_function" and not _same(basis := _basis(node), node.meta.get("checked")):
+                _check_value(node, after)
+                node.meta["checked"] = basis
     if missing := [name for name in outputs if name not in program.outputs]:
         raise _broken(after, f"the outputs {', '.join(missing)} are gone")
 
 
 def _check_node(program: Program, node: Node, after: str) -> None:
+    if node.op in ("get_attr", "placeholder") and not isinstance(node.meta.get("val"), Tensor):
+        raise _broken(after, f"{node.target} has no recorded shape", node)
     if node.op == "get_attr":
         if (value := program.params.get(str(node.target))) is None:
             raise _broken(after, f"the parameter {node.target} is missing", node)
@@ -53,20 +54,36 @@ def _check_node(program: Program, node: Node, after: str) -> None:
         raise _broken(after, f"a node of kind {node.op} is not allowed", node)
 
 
-def _value(node: Node, values: dict[Node, Any], mode: FakeTensorMode, after: str) -> Any:
-    """The fake value of a node from its inputs' fake values; must agree with what the pass recorded."""
+def _basis(node: Node) -> _Basis:
+    """What the check of a node depends on: the operation, its constants, and its inputs' and its own recorded values.
+
+    Passes copy most nodes as they are, so that a program costs little to check again after each: only what differs is computed.
+    """
+    values = [node.meta.get("val")]
+
+    def leave_out(source: Node) -> None:
+        values.append(source.meta.get("val"))
+
+    return node.target, torch.fx.node.map_arg((node.args, node.kwargs), leave_out), values
+
+
+def _same(new: _Basis, old: _Basis | None) -> bool:
+    if old is None or new[:2] != old[:2] or len(new[2]) != len(old[2]):
+        return False
+    return all(a is b for a, b in zip(new[2], old[2], strict=True))
+
+
+def _check_value(node: Node, after: str) -> None:
+    """The fake value of a node from its inputs' fake values must agree with what the pass recorded."""
     recorded = node.meta.get("val")
-    if node.op != "call_function":
-        return recorded
-    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta.get("val"))
     try:
-        with mode:
+        with fake_mode(node.graph):
             value = node.target(*args, **kwargs)
     except Exception as error:
         raise _broken(after, f"its inputs do not fit: {str(error).splitlines()[0]}", node) from error
     if isinstance(value, Tensor) and (not isinstance(recorded, Tensor) or _rank(value) != _rank(recorded)):
         raise _broken(after, f"computes {_text(value)}, the pass recorded {_text(recorded)}", node)
-    return value
 
 
 def _rank(value: Tensor) -> tuple[Any, ...]:

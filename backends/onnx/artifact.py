@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from planc.backends.onnx.engine import OnnxEngine
+from planc.backends.onnx.genai import write_genai
 from planc.backends.onnx.lower import lower
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
@@ -37,7 +38,10 @@ def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callabl
             target=plan.target.model_dump(mode="json"),
             signature=signature(program, capacity),
             eos_ids=planned.model.eos_ids,
-            extra={"batches": plan.target.ops == "standard" or all(s.split for s in program.states)},
+            extra={
+                "batches": plan.target.ops == "standard" or all(s.split for s in program.states),
+                **write_genai(planned, target, capacity),
+            },
         )
         return manifest.model_copy(update={"contract": finish(OnnxEngine(target, manifest), capacity)})
 

@@ -75,7 +75,6 @@ class OnnxEngine:
         outputs = {o.name: o for o in self.session.get_outputs()}
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
-        self._options = ort.RunOptions()
 
     def new_cache(self, batch: int, capacity: int) -> OnnxCache:
         """See the engine contract."""
@@ -100,7 +99,7 @@ class OnnxEngine:
         for name, array in feeds.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         out = {name: self._buffer(cache, binding, part.start, name, step) for name in self._wanted(logits, top_k)}
-        self.session.run_with_iobinding(binding, self._options)
+        self.session.run_with_iobinding(binding)
         taps = {n: out[n] for n in self.spec.taps}
         return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), taps)
 
