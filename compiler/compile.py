@@ -131,6 +131,14 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
     if unknown := [name for name in disable if name not in parts("pass")]:
         raise PlanError("plan-unknown-name", f"there is no pass {unknown[0]!r} to disable", fix="see `planc passes`")
     passes: list[Pass] = list(plan.passes)
+    at = next((i for i, p in enumerate(passes) if isinstance(p, KvCache) and p.capacity), None)
+    if at is not None and plan.target.capacity:
+        raise PlanError(
+            "plan-conflict",
+            "the cache's capacity stands in the pass kv_cache and in the target",
+            plan=plan.where("passes", at),
+            fix="remove one of them",
+        )
     have = {p.key for p in passes}
     if any("fuse_projections" in p.demands for p in passes) and "fuse_projections" not in have:
         passes.append(FuseProjections())

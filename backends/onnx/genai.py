@@ -109,7 +109,10 @@ def adapt(program: Program, source: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [*_lengths(), *graph.node]
     live = _live(nodes, [value.name for value in outputs])
     read = {name for node in live for name in node.input}
-    constants = [numpy_helper.from_array(np.array([1], np.int64), "genai.axis"), numpy_helper.from_array(np.array([0], np.int64), "logits_from")]
+    constants = [
+        numpy_helper.from_array(np.array([1], np.int64), "genai.axis"),
+        numpy_helper.from_array(np.array([0], np.int64), "logits_from"),
+    ]
     initializers = [tensor for tensor in (*graph.initializer, *constants) if tensor.name in read]
     inputs = [value for value in graph.input if value.name not in ("lengths", "logits_from")]
     inputs = [value for value in inputs if value.name != "position_ids" or value.name in read]
@@ -210,7 +213,7 @@ def _search(sampling: Sampling, capacity: int) -> dict[str, Any]:
     return {
         "do_sample": drawn,
         "temperature": sampling.temperature if drawn else 1.0,
-        "top_k": sampling.top_k if drawn else 1,
+        "top_k": sampling.top_k,  # 0 is all of them there, too
         "top_p": sampling.top_p,
         "repetition_penalty": sampling.repetition_penalty,
         "max_length": capacity,

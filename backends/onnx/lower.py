@@ -12,6 +12,7 @@ from torch.fx import Node
 from planc.backends.onnx import fused, quantized, standard
 from planc.backends.onnx.build import MICROSOFT, Builder, onnx_dtype, unsupported
 from planc.backends.onnx.weights import WeightFile
+from planc.compiler.pipeline import dump
 from planc.compiler.program import Program
 
 OPSET = 21
@@ -26,6 +27,7 @@ def lower(program: Program, directory: Path, *, ops: Literal["fast", "standard"]
     """
     with WeightFile(directory / WEIGHT_FILE) as weights:
         model = build(program, weights, ops=ops, positions=positions)
+    dump(4, lambda: "\n".join(f"    {n.name}: {', '.join(n.output)} = {n.op_type}({', '.join(n.input)})" for n in model.graph.node))
     path = directory / MODEL_FILE
     path.write_bytes(model.SerializeToString())
     return path
