@@ -264,9 +264,9 @@ def _start_peers(
 
 def locate_files(model: str) -> tuple[Path, Path | None]:
     """The model's directory in the layout of transformers, and its GGUF file if that is where the weights came from."""
-    from planc.compiler.models import _locate
+    from planc.compiler.models import locate
 
-    return _locate(model)
+    return locate(model)
 
 
 def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:

@@ -116,8 +116,8 @@ def rewrite(
     info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
     program = raise_program(trace(loaded.module, info))
     verify(program, "raising")
-    ids = _text_ids(loaded)
-    context = Context(calibration if calibration is not None else _blocks(ids), None)
+    ids = text_ids(loaded)
+    context = Context(calibration if calibration is not None else calibration_blocks(ids), None)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)
@@ -172,7 +172,7 @@ def _plan(plan: Plan | str | Path | dict[str, Any] | None) -> Plan:
     return Plan.from_dict(plan) if isinstance(plan, dict) else Plan.from_yaml(plan)
 
 
-def _text_ids(model: LoadedModel) -> tuple[int, ...]:
+def text_ids(model: LoadedModel) -> tuple[int, ...]:
     """Token ids of the calibration text; evenly spread ids where the model has no tokenizer."""
     if "tokenizer.json" in model.tokenizer_files:
         return tuple(_text(model).encode(_CALIBRATION.read_text(encoding="utf-8")))
@@ -185,7 +185,7 @@ def _text(model: LoadedModel) -> Text:
     return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
 
 
-def _blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> Tensor:
+def calibration_blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> Tensor:
     """[S, L] ids for calibration."""
     count = max(1, min(most, len(ids) // length))
     length = min(length, len(ids))

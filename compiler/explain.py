@@ -49,7 +49,7 @@ def explain(model: str, plan: Plan) -> list[Step]:
 
 def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     """The program after each step, as `planc.compile` makes it; not probed."""
-    from planc.compiler.compile import _blocks, _text_ids, demanded
+    from planc.compiler.compile import calibration_blocks, demanded, text_ids
     from planc.compiler.models import load_model
     from planc.compiler.passbase import Context
     from planc.compiler.pipeline import ordered, run_passes
@@ -64,7 +64,7 @@ def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     yield "trace", program
     program = raise_program(program)
     yield "raise", program
-    context = Context(_blocks(_text_ids(loaded)), None)
+    context = Context(calibration_blocks(text_ids(loaded)), None)
     for part in passes:
         program, _ = run_passes(program, [part], context)
         yield part.key, program

@@ -134,14 +134,14 @@ def load_model(
         module, name, gguf, home = model.eval(), type(model).__name__, None, None
     else:
         name = str(model)
-        home, gguf = _locate(name)
+        home, gguf = locate(name)
         module = _load_directory(home, dtype)
     files = _text_files(home) if tokenizer is None else _tokenizer(tokenizer, home)
     config = getattr(module, "config", None)
     return LoadedModel(module, name, config, files, _eos_ids(module, config, files), gguf, _vocab_size(module, config), _max_length(config))
 
 
-def _locate(name: str) -> tuple[Path, Path | None]:
+def locate(name: str) -> tuple[Path, Path | None]:
     """The directory in the layout of transformers for a name, path or id, and the GGUF file behind it."""
     if name in KNOWN:
         gguf = fetch(KNOWN[name], cache_dir())

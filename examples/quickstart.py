@@ -21,7 +21,7 @@ for effect in exe.contract.effects:
     print(f"{effect.name:<17} {effect.nodes_after:>4} nodes, largest logit change {'-' if moved is None else format(moved, '.2g')}")
 print("exactness:", exe.report()["exactness_line"])
 
-# 4. Generate, and once more without drafts: the same tokens, in more passes.
+# 4. Generate, and once more without drafts: the tokens must be equal, whatever the speed.
 prompt = "Explain in three sentences why the sky is blue."
 fast = exe.generate(prompt, max_new_tokens=64)
 plain = exe.plain().generate(prompt, max_new_tokens=64)

@@ -80,9 +80,19 @@ def shape_of(program: Program, graph: onnx.ModelProto) -> Shape | str:
     if len(heads) > 1 or len(shapes) > 1:
         return "layers differ in the number or width of their heads"
     ((kv_heads, width, _, _),) = shapes
-    values = [node.meta["val"] for node in program.inputs["input_ids"].users]
-    hidden = next(int(value.shape[-1]) for value in values if len(getattr(value, "shape", ())) == 3)  # the embedding
-    return Shape(len(states), heads.pop(), kv_heads, width, hidden)
+    return Shape(len(states), heads.pop(), kv_heads, width, _hidden(program))
+
+
+def _hidden(program: Program) -> int:
+    """Width of the embedding: the first value [B,R,K] that is made from the ids, which some models view in another shape before."""
+    reached = [program.inputs["input_ids"]]
+    for node in reached:
+        for user in node.users:
+            value = user.meta.get("val")
+            if getattr(value, "ndim", 0) == 3:
+                return int(value.shape[-1])
+            reached.append(user)
+    raise AssertionError("no hidden state comes from input_ids")
 
 
 # ---- the graph ---------------------------------------------------------------------------------------------------------------------

@@ -16,19 +16,21 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from models_tiny import MAX_LENGTH, VOCAB, apply, make, raised, token_ids
+from models_tiny import MAX_LENGTH, VOCAB, apply, decoding, make, raised, token_ids
 from torch import nn
 
 import planc
-from planc.backends.onnx.genai import GENAI_CONFIG, GENAI_MODEL, shape_of
+from planc.backends.onnx.genai import GENAI_CONFIG, GENAI_MODEL, Shape, adapt, shape_of
+from planc.backends.onnx.lower import lower
 from planc.compiler.peers import peer_python
+from planc.compiler.program import Program
 from planc.passes.argmax import Argmax
-from planc.passes.kv_cache import KvCache
+from planc.passes.tap import Tap
 from planc.runtime.artifact import read_artifact
 from planc.runtime.engine import Step
 from planc.runtime.executable import Generation
 
-LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN = 3, 4, 2, 16, 64
+LAYERS, HEADS, KV_HEADS, WIDTH, HIDDEN = 2, 4, 2, 16, 64
 PLANS: dict[str, dict[str, Any]] = {
     "plain": {},
     "int8": {"passes": [{"quantize_weights": {"format": "int8"}}]},
@@ -39,13 +41,13 @@ Compiled = Callable[[str], Path]
 
 
 @cache
-def tiny(**changes: Any) -> nn.Module:
-    shape = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "num_key_value_heads": KV_HEADS, "hidden_size": HIDDEN}
-    return make("llama", **{**shape, **changes})
+def tiny() -> nn.Module:
+    module: nn.Module = make("llama", num_hidden_layers=LAYERS, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, hidden_size=HIDDEN)
+    return module
 
 
-def compiled_to(directory: Path, plan: dict[str, Any], **changes: Any) -> Path:
-    planc.compile(tiny(**changes), plan, out=directory, measure=False)
+def compiled_to(directory: Path, plan: dict[str, Any]) -> Path:
+    planc.compile(tiny(), plan, out=directory, measure=False)
     return directory
 
 
@@ -152,32 +154,54 @@ def test_greedy_plan_asks_for_greedy(compiled: Compiled) -> None:
     assert config["model"]["context_length"] == MAX_LENGTH and "intra_op_num_threads" not in config["model"]["decoder"]["session_options"]
 
 
+def test_refusal_leaves_no_files(tmp_path: Path) -> None:
+    directory = compiled_to(tmp_path / "a", {"target": {"ops": "standard"}})
+    manifest = read_artifact(directory)
+    assert manifest.extra["genai"] is False and "standard operators" in manifest.extra["genai_reason"]
+    assert not (directory / GENAI_MODEL).exists() and not (directory / GENAI_CONFIG).exists()
+
+
+def separate(program: Program) -> Program:
+    """The program with attention lowered to separate products."""
+    return program.replace(states=tuple(dataclasses.replace(state, split=True) for state in program.states))
+
+
 @pytest.mark.parametrize(
-    ("plan", "changes", "reason"),
+    ("program", "reason"),
     [
-        ({"target": {"ops": "standard"}}, {}, "standard operators"),
-        ({"passes": [{"kv_cache": {"trees": "fused"}}]}, {}, "'bias'"),
-        ({"passes": [{"tap": {"layers": [1]}}]}, {}, "'tap."),
-        ({}, {"head_dim": 4}, "3 of 3 attentions"),
+        (lambda: decoding(raised("llama"), "fused"), "the input 'bias'"),
+        (lambda: apply(decoding(raised("llama")), Tap(layers=(1,))), "reads 'tap.1'"),
+        (lambda: separate(decoding(raised("llama"))), "2 of 2 attentions"),
+        (lambda: apply(raised("llama"), Argmax()), "no cache"),
     ],
 )
-def test_refuses_with_a_reason(tmp_path: Path, plan: dict[str, Any], changes: dict[str, Any], reason: str) -> None:
-    directory = compiled_to(tmp_path / "a", plan, **changes)
-    manifest = read_artifact(directory)
-    assert manifest.extra["genai"] is False and reason in manifest.extra["genai_reason"]
-    assert not (directory / GENAI_MODEL).exists() and not (directory / GENAI_CONFIG).exists()
+def test_refuses_with_a_reason(tmp_path: Path, program: Callable[[], Program], reason: str) -> None:
+    made = program()
+    graph = onnx.load(str(lower(made, tmp_path, positions=MAX_LENGTH)), load_external_data=False) if made.states else onnx.ModelProto()
+    assert reason in str(shape_of(made, graph))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "opt", "gemma3", "gpt_neox"])
+def test_other_families(tmp_path: Path, family: str) -> None:
+    program = decoding(raised(family))
+    graph = onnx.load(str(lower(program, tmp_path, positions=MAX_LENGTH)), load_external_data=False)
+    layers, kv_heads = len(program.states), 2 if family == "gemma3" else 4
+    assert shape_of(program, graph) == Shape(layers, 4, kv_heads, 16 if family == "gemma3" else 8, 32)
+    (tmp_path / GENAI_MODEL).write_bytes(adapt(program, graph).SerializeToString())
+    session = ort.InferenceSession(str(tmp_path / GENAI_MODEL), providers=["CPUExecutionProvider"])
+    assert {"input_ids", "attention_mask"} < {i.name for i in session.get_inputs()}
 
 
 @pytest.mark.parametrize("change", [{"heads": 1}, {"dtype": torch.float16}, {"key_width": 4, "value_width": 4}])
 def test_refuses_layers_that_differ(compiled: Compiled, change: dict[str, Any]) -> None:
     graph = onnx.load(str(compiled("plain") / "model.onnx"), load_external_data=False)
-    program = apply(raised("llama"), KvCache(trees="none"), Argmax())
-    states = (*program.states, program.states[-1])  # as many as the graph has attentions
-    assert not isinstance(shape_of(program.replace(states=states), graph), str)
-    other = program.replace(states=(*states[:-1], dataclasses.replace(states[-1], **change)))
+    program = decoding(raised("llama"))
+    assert not isinstance(shape_of(program, graph), str)
+    other = program.replace(states=(program.states[0], dataclasses.replace(program.states[1], **change)))
     assert "layers differ" in str(shape_of(other, graph))
-    graph.graph.node.remove(next(n for n in graph.graph.node if n.op_type == "GroupQueryAttention"))
-    assert "1 of 3 attentions" in str(shape_of(program.replace(states=states), graph))
+    attention = next(n for n in graph.graph.node if n.op_type == "GroupQueryAttention")
+    next(a for a in attention.attribute if a.name == "num_heads").i = 2
+    assert "layers differ" in str(shape_of(program, graph))
 
 
 # ---- onnxruntime-genai itself ----------------------------------------------------------------------------------------------------------
