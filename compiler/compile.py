@@ -77,18 +77,19 @@ def compile(  # noqa: A001 - the public name
     """
     from planc.compiler.measure import measured, stages
 
+    plan = _plan(plan)
+    if plan.target.backend == "triton":
+        raise PlanError(
+            "backend-missing",
+            "there is no triton engine for language models in this release",
+            plan=plan.where("target", "backend"),
+            fix="use `backend: onnx` or `backend: reference`",
+        )
     with stages(progress) as note:
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
         finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)
         if planned.plan.target.backend == "reference":
             return _reference(planned, finish)
-        if planned.plan.target.backend != "onnx":
-            raise PlanError(
-                "backend-missing",
-                f"there is no {planned.plan.target.backend} engine for language models in this release",
-                plan=planned.plan.where("target", "backend"),
-                fix="use `backend: onnx` or `backend: reference`",
-            )
         directory = Path(out) if out is not None else _temporary()
         note("lowering to ONNX")
         write_onnx(planned, directory, _capacity(planned), finish)

@@ -31,7 +31,7 @@ class Target(BaseModel):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where it runs")
     threads: PositiveInt | None = Field(None, description="CPU threads inside one operation; left out: one per physical core")
     ops: Literal["fast", "standard"] = Field("fast", description="onnx only: ONNX Runtime's own operators, or standard opsets alone")
-    capacity: PositiveInt | None = Field(None, description="slots of the KV cache per sequence; left out: what prompt and output need")
+    capacity: PositiveInt | None = Field(None, description="slots of the KV cache per sequence; left out: what the positions allow, at most 4096")
 
 
 class Plan(BaseModel):
@@ -112,6 +112,9 @@ def _check_version(data: dict[str, Any], source: Source) -> None:
 def _check_target(plan: Plan) -> None:
     """Refuse target options that the chosen backend would silently ignore."""
     target, place = plan.target, plan.where("target", "ops") or "target.ops"
+    if target.device == "cuda" and target.backend != "triton":
+        message = f"the {target.backend} backend runs on the CPU, but the device is cuda"
+        raise PlanError("plan-conflict", message, plan=plan.where("target", "device") or "target.device", fix="remove `device`")
     if target.ops == "standard" and target.backend != "onnx":
         message = f"`ops: standard` chooses ONNX operators, but the backend is {target.backend}"
         raise PlanError("plan-conflict", message, plan=place, fix="remove `ops`, or use `backend: onnx`")
