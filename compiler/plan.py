@@ -31,7 +31,9 @@ class Target(BaseModel):
     device: Literal["cpu", "cuda"] = Field("cpu", description="where it runs")
     threads: PositiveInt | None = Field(None, description="CPU threads inside one operation; left out: one per physical core")
     ops: Literal["fast", "standard"] = Field("fast", description="onnx only: ONNX Runtime's own operators, or standard opsets alone")
-    capacity: PositiveInt | None = Field(None, description="slots of the KV cache per sequence; left out: what the positions allow, at most 4096")
+    capacity: PositiveInt | None = Field(
+        None, description="slots of the KV cache per sequence; left out: what the positions allow, at most 4096"
+    )
 
 
 class Plan(BaseModel):

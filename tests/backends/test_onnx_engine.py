@@ -47,7 +47,9 @@ def drive(engine: Any, ids: np.ndarray) -> list[Outputs]:
 
 def snapshot(out: Outputs) -> Outputs:
     """A copy: the arrays are views until the next pass."""
-    return Outputs(*(None if a is None else a.copy() for a in (out.argmax, out.logits, out.top_ids)), {n: t.copy() for n, t in out.taps.items()})
+    return Outputs(
+        *(None if a is None else a.copy() for a in (out.argmax, out.logits, out.top_ids)), {n: t.copy() for n, t in out.taps.items()}
+    )
 
 
 def agree(have: list[Outputs], want: list[Outputs], tolerance: float = TOLERANCE) -> None:
@@ -101,7 +103,9 @@ def test_quantised(formats: tuple[str, str | None], ops: Ops, tmp_path: Path) ->
     program = decoding(apply(raised("llama"), FuseProjections(), part), "split")
     ids = token_ids(2, 21).numpy()
     # block formats round activations to int8 in ONNX Runtime only
-    agree(drive(onnx_engine(program, tmp_path, ops), ids), drive(ReferenceEngine(program), ids), 1e-3 if formats == ("int8", None) else 0.05)
+    agree(
+        drive(onnx_engine(program, tmp_path, ops), ids), drive(ReferenceEngine(program), ids), 1e-3 if formats == ("int8", None) else 0.05
+    )
 
 
 # ---- bits ----
@@ -189,7 +193,10 @@ def test_a_batch_in_one_pass_is_the_batch_one_by_one(tmp_path: Path) -> None:
     ids = token_ids(3, 9).numpy()
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    joint, single = onnx_engine(decoding(raised("qwen3"), "split"), tmp_path / "a"), onnx_engine(decoding(raised("qwen3"), "fused"), tmp_path / "b")
+    joint, single = (
+        onnx_engine(decoding(raised("qwen3"), "split"), tmp_path / "a"),
+        onnx_engine(decoding(raised("qwen3"), "fused"), tmp_path / "b"),
+    )
     assert joint.batches and not single.batches
     results = []
     for engine in (joint, single):

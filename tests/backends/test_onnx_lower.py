@@ -52,7 +52,7 @@ def program_of(function: Callable[..., Any], *inputs: Tensor) -> Program:
         def forward(self, x: Tensor, y: Tensor) -> Any:
             return function(x, y)
 
-    sizes = tuple({axis: DYNAMIC for axis in range(2)} for _ in range(2))
+    sizes = tuple(dict.fromkeys(range(2), DYNAMIC) for _ in range(2))
     return trace_module(Module(), (inputs[0], inputs[-1]), ModelInfo("op", 0, 1), sizes)
 
 
@@ -129,9 +129,25 @@ def some(*shape: int, seed: int, size: float = 1.0) -> Tensor:
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])
 @settings(max_examples=15, deadline=None)
-@given(st.integers(1, 3), st.integers(1, 5), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.sampled_from([1e-3, 1.0, 1e4]), st.integers(0, 99))
+@given(
+    st.integers(1, 3),
+    st.integers(1, 5),
+    st.integers(1, 70),
+    st.integers(1, 40),
+    st.booleans(),
+    st.sampled_from([1e-3, 1.0, 1e4]),
+    st.integers(0, 99),
+)
 def test_int8_equals_the_reference(
-    tmp_path_factory: pytest.TempPathFactory, ops: Ops, batch: int, rows: int, inputs: int, outputs: int, biased: bool, size: float, seed: int
+    tmp_path_factory: pytest.TempPathFactory,
+    ops: Ops,
+    batch: int,
+    rows: int,
+    inputs: int,
+    outputs: int,
+    biased: bool,
+    size: float,
+    seed: int,
 ) -> None:
     bias = some(outputs, seed=seed + 2) if biased else None
     program = product_of(some(outputs, inputs, seed=seed), bias, QuantizeWeights(format="int8"))
@@ -218,7 +234,9 @@ def test_blocks_are_within_the_rounding_of_activations(
     have = onnx_run(program, tmp_path_factory.mktemp("blocks"), ops, input=x)["output"]
     want = run(program, {"input": x})["output"].numpy()
     middle = blocks_product(packed, scales, None, None, bits, block)
-    weights = run(middle, {"input": torch.eye(blocks * block)[None]})["output"][0].abs().T.reshape(outputs, blocks, block)  # without zero points
+    weights = (
+        run(middle, {"input": torch.eye(blocks * block)[None]})["output"][0].abs().T.reshape(outputs, blocks, block)
+    )  # without zero points
     steps = x.reshape(rows, blocks, block).abs().amax(-1) / 127
     bound = (torch.einsum("rb,obk->ro", steps, weights) / 2).numpy() if ops == "fast" else np.zeros((rows, outputs))
     assert np.isfinite(have).all()
@@ -246,7 +264,9 @@ def ops_of(directory: Path) -> Counter[str]:
 def test_standard_uses_standard_operators_only(family: str, tmp_path: Path) -> None:
     program = decoding(raised(family), "fused")
     if family in ("llama", "gpt2"):
-        program = decoding(apply(raised(family), QuantizeWeights(format="int8", modules={"o_proj": "int8_blocks"} if family == "llama" else {})), "fused")
+        program = decoding(
+            apply(raised(family), QuantizeWeights(format="int8", modules={"o_proj": "int8_blocks"} if family == "llama" else {})), "fused"
+        )
     lower(program, tmp_path, ops="standard", positions=MAX_LENGTH)
     onnx.checker.check_model(str(tmp_path / "model.onnx"), full_check=True)  # knows no other operators
     graph = onnx.load(str(tmp_path / "model.onnx"), load_external_data=False)

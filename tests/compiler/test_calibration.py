@@ -18,7 +18,9 @@ def test_equals_hooks_on_the_model() -> None:
     names = ["model.layers.0.self_attn.q_proj", "model.layers.1.mlp.down_proj", "lm_head"]
     seen: dict[str, Tensor] = {}
     modules = dict(module.named_modules())
-    hooks = [modules[n].register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0].double().pow(2).mean((0, 1))})) for n in names]
+    hooks = [
+        modules[n].register_forward_pre_hook(lambda _, args, n=n: seen.update({n: args[0].double().pow(2).mean((0, 1))})) for n in names
+    ]
     eager(module, IDS)
     for hook in hooks:
         hook.remove()

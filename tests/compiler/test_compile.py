@@ -122,7 +122,10 @@ def test_measured(tmp_path: Path) -> None:
 
 def test_disable() -> None:
     executable = planc.compile(model("llama"), {"passes": [{"skip_layers": {"layers": [0]}}]}, disable=["skip_layers"], measure=False)
-    assert executable.generate([5, 6, 7], max_new_tokens=12).ids == planc.compile(model("llama"), measure=False).generate([5, 6, 7], max_new_tokens=12).ids  # type: ignore[union-attr]
+    assert (
+        executable.generate([5, 6, 7], max_new_tokens=12).ids
+        == planc.compile(model("llama"), measure=False).generate([5, 6, 7], max_new_tokens=12).ids
+    )  # type: ignore[union-attr]
 
 
 # ---- failures ----
@@ -154,7 +157,9 @@ def test_what_stands_at_out_is_not_touched(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["made"]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError(), CompileError("lower-unsupported", "no")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), MemoryError(), CompileError("lower-unsupported", "no")], ids=lambda e: type(e).__name__
+)
 @pytest.mark.parametrize("stage", ["run_passes", "lower", "OnnxEngine"])
 def test_nothing_is_left_by_a_failure(stage: str, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home: Any = planc.compiler.compile if stage == "run_passes" else planc.backends.onnx.artifact

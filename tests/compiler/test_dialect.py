@@ -175,7 +175,9 @@ def test_rms_norm_and_rope() -> None:
     have = OPS.rope.default(x, cos, sin)
     for row, position in enumerate(positions[0].tolist()):
         for i, frequency in enumerate(frequencies.tolist()):  # channels i and i + 2 turn as a complex number; 4 and 5 stay
-            turned = 2 * torch.complex(x[0, row, :, i], x[0, row, :, i + 2]) * torch.polar(torch.tensor(1.0), torch.tensor(position * frequency))
+            turned = (
+                2 * torch.complex(x[0, row, :, i], x[0, row, :, i + 2]) * torch.polar(torch.tensor(1.0), torch.tensor(position * frequency))
+            )
             close(have[0, row, :, i], turned.real)
             close(have[0, row, :, i + 2], turned.imag)
     assert torch.equal(have[..., 4:], x[..., 4:])

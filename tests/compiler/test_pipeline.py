@@ -96,7 +96,17 @@ with unregistered():
         after: ClassVar[tuple[str, ...]] = ("egg",)
 
 
-ALL = [TopK(k=2), Argmax(), LogitsRows(), KvCache(), QuantizeWeights(), Smooth(), FuseProjections(), SkipLayers(layers=(0,)), Tap(layers=(0,))]
+ALL = [
+    TopK(k=2),
+    Argmax(),
+    LogitsRows(),
+    KvCache(),
+    QuantizeWeights(),
+    Smooth(),
+    FuseProjections(),
+    SkipLayers(layers=(0,)),
+    Tap(layers=(0,)),
+]
 
 
 @settings(max_examples=30, deadline=None)
@@ -184,7 +194,9 @@ def test_bisect_finds_the_pass() -> None:
 
 
 def test_provenance() -> None:
-    program, _ = run_passes(raised("llama"), [FuseProjections(), Smooth(), QuantizeWeights(), KvCache(trees="fused"), TopK(k=3), Argmax()], TEXT)
+    program, _ = run_passes(
+        raised("llama"), [FuseProjections(), Smooth(), QuantizeWeights(), KvCache(trees="fused"), TopK(k=3), Argmax()], TEXT
+    )
     traced = {n.name for n in raised("llama").main.nodes if "pass" not in n.meta}
     made: dict[str, int] = {}
     for node in program.main.nodes:
@@ -193,7 +205,17 @@ def test_provenance() -> None:
             assert "origin" in node.meta or node.op == "placeholder" or "rope_table" in node.name
         else:
             assert node.name in traced or node.op == "output"
-    assert set(made) == {"raise_rms_norm", "raise_rope", "raise_glu", "fuse_projections", "smooth", "quantize_weights", "kv_cache", "top_k", "argmax"}
+    assert set(made) == {
+        "raise_rms_norm",
+        "raise_rope",
+        "raise_glu",
+        "fuse_projections",
+        "smooth",
+        "quantize_weights",
+        "kv_cache",
+        "top_k",
+        "argmax",
+    }
     product = next(n for n in program.main.nodes if "linear_int8" in str(n.target))
     assert "model.layers.0.self_attn" in str(product.meta["nn_module_stack"])
 

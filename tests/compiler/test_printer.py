@@ -7,11 +7,11 @@ import re
 import torch
 from models_tiny import decoding, info, make, one_layer, raised
 
+from planc.compiler.passbase import Context
 from planc.compiler.printer import show
 from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace
 from planc.passes.kv_cache import KvCache
-from planc.compiler.passbase import Context
 
 
 def test_the_same_program_prints_the_same() -> None:

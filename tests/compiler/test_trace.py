@@ -61,7 +61,9 @@ def test_cleaned() -> None:
     for family in FAMILIES:
         for node in traced(family).main.nodes:
             assert node.users or node.op in ("output", "placeholder")
-            assert not any(word in str(node.target) for word in ("assert", "contiguous", "dropout", "wrap_with", "detach", "submod", "clone"))
+            assert not any(
+                word in str(node.target) for word in ("assert", "contiguous", "dropout", "wrap_with", "detach", "submod", "clone")
+            )
 
 
 def test_nodes_know_where_they_come_from() -> None:

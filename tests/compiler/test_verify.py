@@ -99,7 +99,10 @@ def node_of_another_graph(edit: Editor) -> None:
 
 CASES: dict[str, tuple[Callable[[], Program], str]] = {
     "missing parameter": (lambda: with_param(one_layer(), None), "up_proj.weight is missing"),
-    "parameter of another dtype": (lambda: with_param(one_layer(), torch.Tensor.double), "is float64[48, 32], the graph expects float32[48, 32]"),
+    "parameter of another dtype": (
+        lambda: with_param(one_layer(), torch.Tensor.double),
+        "is float64[48, 32], the graph expects float32[48, 32]",
+    ),
     "parameter of another shape": (lambda: with_param(one_layer(), lambda w: w[:7]), "is float32[7, 32], the graph expects"),
     "parameter without a type": (lambda: edited(no_type_of_parameter), "model.embed_tokens.weight has no recorded shape"),
     "foreign op": (lambda: edited(foreign), "prims.neg.default is neither ATen nor dialect"),

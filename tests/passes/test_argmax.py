@@ -28,7 +28,9 @@ def test_equals_eager() -> None:
 def test_lowest_id_on_ties() -> None:
     program = one_layer()
     head = program.params["lm_head.weight"]
-    program = program.replace(params={**program.params, "lm_head.weight": head[torch.arange(len(head)) // 2 * 2]})  # each odd id is the one before
+    program = program.replace(
+        params={**program.params, "lm_head.weight": head[torch.arange(len(head)) // 2 * 2]}
+    )  # each odd id is the one before
     out = probe(applied(Argmax(), program), token_ids(2, 20))
     assert bool((out["logits"][..., 0:96:2] == out["logits"][..., 1:96:2]).all())
     assert bool((out["argmax"] % 2 == 0).all())

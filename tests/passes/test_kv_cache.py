@@ -10,7 +10,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_tiny import FAMILIES, POOL, applied, apply, before_and_after, close, decoding, eager, model, one_layer, pooled, raised, token_ids
+from models_tiny import (
+    FAMILIES,
+    POOL,
+    applied,
+    apply,
+    before_and_after,
+    close,
+    decoding,
+    eager,
+    model,
+    one_layer,
+    pooled,
+    raised,
+    token_ids,
+)
 from torch import nn
 
 from planc.backends.reference import ReferenceCache, ReferenceEngine, probe
@@ -62,7 +76,12 @@ def run(engine: ReferenceEngine, module: nn.Module) -> None:
 
 
 def check(
-    engine: ReferenceEngine, cache: ReferenceCache, module: nn.Module, texts: list[list[int]], tokens: np.ndarray, parents: np.ndarray | None
+    engine: ReferenceEngine,
+    cache: ReferenceCache,
+    module: nn.Module,
+    texts: list[list[int]],
+    tokens: np.ndarray,
+    parents: np.ndarray | None,
 ) -> None:
     """Each row's logits are those of the text on the path to it."""
     out = engine.forward(cache, Step(tokens, parents), logits=True)
@@ -77,7 +96,9 @@ def check(
 
 def test_states_follow_the_graph() -> None:
     program = apply(raised("gemma3"), KvCache(trees="fused"))
-    assert [(s.name, s.heads, s.key_width, s.window) for s in program.states] == [(f"past.{i}", 2, 16, 0 if i == 5 else 8) for i in range(6)]
+    assert [(s.name, s.heads, s.key_width, s.window) for s in program.states] == [
+        (f"past.{i}", 2, 16, 0 if i == 5 else 8) for i in range(6)
+    ]
     assert [n for n in program.inputs if n.startswith("bias")] == ["bias.8", "bias"]  # one mask per kind of layer
     assert not any(n.startswith("bias") for n in apply(raised("gemma3"), KvCache(trees="none")).inputs)
 

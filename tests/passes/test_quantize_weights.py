@@ -11,7 +11,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_tiny import MAX_LENGTH, POOL, VOCAB, applied, apply, before_and_after, close, eager, make, model, one_layer, pooled, raised, token_ids
+from models_tiny import (
+    MAX_LENGTH,
+    POOL,
+    VOCAB,
+    applied,
+    apply,
+    before_and_after,
+    close,
+    eager,
+    make,
+    model,
+    one_layer,
+    pooled,
+    raised,
+    token_ids,
+)
 from torch import Tensor, nn
 
 from planc.backends.reference import probe
@@ -71,7 +86,9 @@ def changed(family: str, form: Callable[[Tensor], Tensor], *, inputs: bool, tabl
 
 
 def test_golden(golden: Callable[[str, str], None]) -> None:
-    part = QuantizeWeights(format="int8", modules={"o_proj": "int4_blocks", "layers.0.mlp.*": "int8_blocks", "embed_tokens": "none"}, block=16)
+    part = QuantizeWeights(
+        format="int8", modules={"o_proj": "int4_blocks", "layers.0.mlp.*": "int8_blocks", "embed_tokens": "none"}, block=16
+    )
     golden(before_and_after(part, one_layer()), "quantize_weights.txt")
 
 
@@ -149,14 +166,19 @@ def test_property(name: str, form: str, modules: dict[str, str], joined: bool, s
     if "*1*" in modules and name == "variant 0":
         del modules["*1*"]  # one layer: nothing is called so
     new = applied(QuantizeWeights(format=form, modules=modules, block=16), program)  # type: ignore[arg-type]
-    formats = {form if "*" not in modules else modules["*"], *modules.values()}
+    formats = {modules.get("*", form), *modules.values()}
     if formats == {"none"}:
         assert new is program
     if new is not program:
         assert new.bytes() < program.bytes()
     ids = token_ids(1, 7, seed=seed)
     have, want = probe(new, ids)["logits"], probe(program, ids)["logits"]
-    worst = {"int8": 0.12, "int8_blocks": 0.045, "int4_blocks": 0.85, "none": 0.0}  # relative error of random weights; measured, twice the largest
+    worst = {
+        "int8": 0.12,
+        "int8_blocks": 0.045,
+        "int4_blocks": 0.85,
+        "none": 0.0,
+    }  # relative error of random weights; measured, twice the largest
     limit = max(worst[f] for f in formats)
     assert float((have - want).norm() / want.norm()) <= limit
 
@@ -234,7 +256,9 @@ def test_keep_reads_the_embedding_for_a_tied_head(tmp_path: Path) -> None:
 
 def test_keep_leaves_what_does_not_fit_as_float(tmp_path: Path) -> None:
     """Another type in the file, and a joined product with parts of two formats."""
-    program = write(tmp_path / "tiny.gguf", lambda name: gguf.GGMLQuantizationType.F16 if "down_proj" in name else Q4_0 if "v_proj" in name else Q8_0)
+    program = write(
+        tmp_path / "tiny.gguf", lambda name: gguf.GGMLQuantizationType.F16 if "down_proj" in name else Q4_0 if "v_proj" in name else Q8_0
+    )
     new = applied(QuantizeWeights(format="keep"), apply(program, FuseProjections()))
     assert kinds(new).count("linear") == 4
     notes = new.history[-1].notes

@@ -62,7 +62,10 @@ def test_skipping_in_two_steps_is_skipping_at_once() -> None:
 
 def test_refuses() -> None:
     program = raised("llama")
-    for layers, text in (((2,), "layer 2 does not exist (the model has 2 decoder layers, 0..1)"), ((0, -1, 7), "layer -1, 7 does not exist")):
+    for layers, text in (
+        ((2,), "layer 2 does not exist (the model has 2 decoder layers, 0..1)"),
+        ((0, -1, 7), "layer -1, 7 does not exist"),
+    ):
         with pytest.raises(CompileError) as caught:
             apply(program, SkipLayers(layers=layers))
         assert caught.value.code == "skip-out-of-range"

@@ -22,7 +22,8 @@ def hidden(module: nn.Module, ids: Tensor) -> list[Tensor]:
     """What leaves each layer of the model itself."""
     seen: list[Tensor] = []
     hooks = [
-        layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out)) for layer in layers_of(module)
+        layer.register_forward_hook(lambda _, args, out: seen.append(out[0] if isinstance(out, tuple) else out))
+        for layer in layers_of(module)
     ]
     try:
         eager(module, ids)
