@@ -52,33 +52,27 @@ def _glu(b: Builder, n: Node) -> str:
     return b.op("Mul", active, up)
 
 
-def _groups(b: Builder, value: str, group: int, heads: int, width: int) -> str:
-    """[B,G,T,D] -> [B,H,T,D] by repeating each key/value head."""
-    if group == 1:
-        return value
-    wide = b.op("Concat", *[b.op("Unsqueeze", value, b.const([2], np.int64))] * group, axis=2)
-    return b.op("Reshape", wide, b.const([0, heads, -1, width], np.int64))
-
-
 def _attend(b: Builder, n: Node, k: str, v: str, mask: str) -> str:
     """softmax(q k^T scale + mask) v for q [B,R,H,D], k and v [B,G,T,D]; the softmax as single steps with the sum in float64, so that masked
-    keys between a tree row and its ancestors leave no trace."""
+    keys between a tree row and its ancestors leave no trace. Query heads that share keys become more rows of one product."""
     query, value = n.args[0].meta["val"], n.args[2].meta["val"]
-    heads, width = int(query.shape[2]), int(query.shape[3])
-    group = heads // int(value.shape[2])
+    heads, width, groups = int(query.shape[2]), int(query.shape[3]), int(value.shape[2])
     scale, softcap = float(n.args[-4 if n.target is OPS.attention.default else -3]), float(n.args[-1])
-    turned = b.op("Transpose", n.args[0], perm=[0, 2, 1, 3])
-    keys = b.op("Transpose", _groups(b, k, group, heads, width), perm=[0, 1, 3, 2])
-    scores = b.op("Mul", b.op("MatMul", turned, keys), b.const(scale))
+    rows = b.op("Mul", b.op("Transpose", n.args[0], perm=[0, 2, 1, 3]), b.const(scale))
+    scores = _regroup(b, b.op("MatMul", _regroup(b, rows, groups, heads, width), b.op("Transpose", k, perm=[0, 1, 3, 2])), heads, groups)
     if softcap:
         scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, b.const(softcap))), b.const(softcap))
     scores = b.op("Add", scores, mask)
-    peak = b.op("ReduceMax", scores, b.const([-1], np.int64), keepdims=1)
-    weights = b.op("Exp", b.op("Sub", scores, peak))
+    weights = b.op("Exp", b.op("Sub", scores, b.op("ReduceMax", scores, b.const([-1], np.int64), keepdims=1)))
     total = b.op("ReduceSum", b.op("Cast", weights, to=TensorProto.DOUBLE), b.const([-1], np.int64), keepdims=1)
-    mixed = b.op("MatMul", weights, _groups(b, v, group, heads, int(value.shape[3])))
+    mixed = _regroup(b, b.op("MatMul", _regroup(b, weights, groups, heads), v), heads, groups, int(value.shape[3]))
     out = b.op("Div", mixed, b.op("Cast", total, to=TensorProto.FLOAT))
     return b.op("Transpose", out, perm=[0, 2, 1, 3])
+
+
+def _regroup(b: Builder, value: str, new: int, old: int, width: int = 0) -> str:
+    """[B,old,R,X] -> [B,new,R*old/new,X]; `width` is X where it is known."""
+    return value if new == old else b.op("Reshape", value, b.const([0, new, -1, width], np.int64))
 
 
 def _range(b: Builder, size: str) -> str:
