@@ -63,6 +63,16 @@ for _kind, _targets in {
     lowers(*_targets)(_binary(_kind))
 
 
+@lowers(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(b: Builder, n: Node) -> str:
+    return b.op("Sub", _number(b, n.args[1], n), n.args[0])  # type: ignore[no-any-return]
+
+
+@lowers(aten.rsub.Scalar, aten.rsub.Tensor)
+def _rsub(b: Builder, n: Node) -> str:
+    return b.op("Sub", _number(b, n.args[1], n), _number(b, n.args[0], n))
+
+
 def _unary(kind: str, **attributes: Any) -> Lowering:
     return lambda b, n: b.op(kind, n.args[0], **attributes)
 
@@ -176,6 +186,11 @@ def _slice(b: Builder, n: Node) -> str:
         for e, d in ((start, 0), (end, 2**62))
     ]
     return b.op("Slice", x, *edges, b.const([axis], np.int64), b.const([step], np.int64))
+
+
+@lowers(aten.select.int)
+def _select(b: Builder, n: Node) -> str:
+    return b.op("Gather", n.args[0], b.const(n.args[2], np.int64), axis=n.args[1])
 
 
 @lowers(aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
