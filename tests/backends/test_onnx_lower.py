@@ -71,7 +71,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "functions": lambda x, y: torch.tanh(x) + y.relu() - x.exp() + y.sigmoid() + x.cos() * y.sin() - torch.erf(x) - (-y),
     "activations": lambda x, y: F.silu(x) + F.gelu(y) + F.gelu(x, approximate="tanh"),
     "gated": lambda x, y: F.silu(x) * y + F.gelu(y) * x + F.gelu(x, approximate="tanh") * y + x.relu() * y,
-    "layer norm": lambda x, y: F.layer_norm(x, (8,), y[0, 0], y[0, 1], 1e-3) + F.layer_norm(y, (8,)),
+    "layer norm": lambda x, y: F.layer_norm(x, (8,), y.mean((0, 1)), y.sum((0, 1)), 1e-3) + F.layer_norm(y, (8,)),
     "view": lambda x, y: x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).reshape(x.shape[0], -1, 4),
     "flatten": lambda x, y: (x.flatten(0, 1) @ y.reshape(-1, 8).t()).unsqueeze(0).squeeze(0),
     "permute": lambda x, y: x.permute(2, 0, 1) + y.permute(2, 0, 1),
@@ -152,7 +152,7 @@ def some(*shape: int, seed: int, size: float = 1.0) -> Tensor:
 
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.integers(1, 3),
     st.integers(1, 5),
@@ -190,10 +190,9 @@ def test_int8_sums_are_exact(ops: Ops, tmp_path: Path) -> None:
     x, weight = (torch.randint(-127, 128, shape, generator=random).float() for shape in ((2, 5, 400), (30, 400)))
     x[..., 0], weight[:, 0] = 127, 127  # the largest of each row: scale 1
     have = onnx_run(product_of(weight, None, QuantizeWeights(format="int8")), tmp_path, ops, input=x)["output"]
-    want = x.double() @ weight.double().T
-    assert float(want.abs().max()) > 2**17
-    assert np.abs(have - want.numpy()).max() <= 1e-6 * float(want.abs().max())
-    assert np.array_equal(np.rint(have[np.abs(want) < 2**20]), want.numpy()[np.abs(want) < 2**20])
+    want = (x.double() @ weight.double().T).numpy()
+    assert np.abs(want).max() > 2**17
+    assert np.array_equal(np.rint(have), want)
 
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])
@@ -222,7 +221,7 @@ def blocks_product(packed: Tensor, scales: Tensor, zeros: Tensor | None, bias: T
 
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.sampled_from([4, 8]),
     st.sampled_from([16, 32, 64, 128]),
