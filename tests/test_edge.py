@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import planc
 from models_tiny import model
+
+import planc
 
 PLAN = {
     "passes": [{"quantize_weights": {"format": "int8"}}],
