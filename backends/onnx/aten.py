@@ -65,11 +65,6 @@ for _kind, _targets in {
 
 @lowers(aten.rsub.Scalar, aten.rsub.Tensor)
 def _rsub(b: Builder, n: Node) -> str:
-    return b.op("Sub", _number(b, n.args[1], n), n.args[0])  # type: ignore[no-any-return]
-
-
-@lowers(aten.rsub.Scalar, aten.rsub.Tensor)
-def _rsub(b: Builder, n: Node) -> str:
     return b.op("Sub", _number(b, n.args[1], n), _number(b, n.args[0], n))
 
 
