@@ -208,3 +208,12 @@ def test_rounded_blocks(bits: int, block: int, blocks: int, outputs: int, size: 
     assert float((error > scales.abs()[..., None] * 0.5001).float().mean()) < 0.1
     assert float(error[0].max()) == 0.0
     assert bool(torch.isfinite(scales).all())
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_int8_of_one_column(rows: int) -> None:
+    """A single column is the case in which torch's own integer product reads past its input."""
+    weight = torch.tensor([[127], [-5], [64]], dtype=torch.int8)
+    x = torch.tensor([[2.0], [0.0], [-3.0]])[:rows]
+    out = OPS.linear_int8.default(x, weight, torch.ones(3), None)
+    torch.testing.assert_close(out, x @ weight.t().float())
