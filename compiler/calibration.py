@@ -23,6 +23,16 @@ def mean_squares(program: Program, nodes: Iterable[Node], ids: Tensor, progress:
     return {node: total / len(ids) for node, total in totals.items()}
 
 
+def row_peaks(program: Program, nodes: Iterable[Node], ids: Tensor, progress: Any = None) -> dict[Node, Tensor]:
+    """Largest |x| of every row of each node [.., K], over token ids [S, L]: [S*L] float32 in the order of the text."""
+    wanted = set(nodes)
+    parts: dict[Node, list[Tensor]] = {node: [] for node in wanted}
+    for row in progress(ids, "calibrating") if progress else ids:
+        for node, value in _watch(program, wanted, row[None]):
+            parts[node].append(value.float().abs().amax(-1).reshape(-1))
+    return {node: torch.cat(peaks) for node, peaks in parts.items()}
+
+
 def _watch(program: Program, wanted: set[Node], ids: Tensor) -> Iterable[tuple[Node, Tensor]]:
     """Run the traced form (no cache) and yield the wanted values as they appear; stops after the last of them."""
     values: dict[Any, Any] = {}

@@ -155,12 +155,17 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / scale), scale
 
 
-@_op("linear_int8", lambda x, weight, scale, bias: _linear_fake(x, weight.shape[0]))
-def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    """x [..., K] quantised per row times weight [N,K] int8 with one scale [N] per output; products and sums are exact integers."""
-    values, row_scale = quantize_rows(x.float())
+@_op("linear_int8", lambda x, weight, scale, bias, step=None: _linear_fake(x, weight.shape[0]))
+def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, step: Tensor | None = None) -> Tensor:
+    """x [..., K] in int8 times weight [N,K] int8 with one scale [N] per output; products and sums are exact integers.
+
+    x is quantised per row; with `step` (a scalar) every row takes that step, and what lies beyond -128..127 steps is cut off.
+    """
+    values, row_scale = quantize_rows(x.float()) if step is None else (torch.round(x.float() / step).clamp(-128, 127), step)
     flat = values.reshape(-1, values.shape[-1]).to(torch.int8)
-    if flat.shape[1] == 1:  # torch._int_mm on a CPU takes a single column for strided and reads past it; a second one of zeros changes no sum
+    if (
+        flat.shape[1] == 1
+    ):  # torch._int_mm on a CPU takes a single column for strided and reads past it; a second one of zeros changes no sum
         flat, weight = torch.nn.functional.pad(flat, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
     sums = torch._int_mm(flat, weight.t()).float().reshape(*values.shape[:-1], -1)
     out = sums * (row_scale * scale)

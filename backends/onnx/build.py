@@ -52,11 +52,11 @@ class Builder:
         assert isinstance(value, str), f"{node} has several values"
         return value
 
-    def op(self, kind: str, *inputs: Any, domain: str = "", outputs: int = 1, **attributes: Any) -> Any:
-        """Append a node; inputs are ONNX names, FX nodes, numbers or None. One output gives a name, several a tuple."""
+    def op(self, kind: str, *inputs: Any, domain: str = "", outputs: int = 1, unused: tuple[int, ...] = (), **attributes: Any) -> Any:
+        """Append a node; inputs are ONNX names, FX nodes, numbers or None. One output gives a name, several a tuple, `unused` ones empty."""
         self._count += 1
         base = f"{self.origin or kind}.{self._count}"
-        names = [base] if outputs == 1 else [f"{base}.{i}" for i in range(outputs)]
+        names = [base] if outputs == 1 else ["" if i in unused else f"{base}.{i}" for i in range(outputs)]
         feeds = ["" if i is None else i if isinstance(i, str) else self[i] for i in inputs]
         while feeds and not feeds[-1]:
             feeds.pop()

@@ -23,7 +23,8 @@ class OnnxCache:
 
     def __init__(self, engine: OnnxEngine, batch: int, capacity: int) -> None:
         # zeros, not empty: a slot that nobody wrote must not hold NaN; untouched pages cost no memory
-        self.state = {name: np.zeros((batch, shape[1], capacity, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
+        slots = capacity + 1  # a one-row pass may write a spare row behind its own
+        self.state = {name: np.zeros((batch, shape[1], slots, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
         self.bindings: dict[tuple[int, bool, bool], Any] = {}

@@ -12,9 +12,11 @@ from planc.backends.onnx.aten import TABLE as ATEN
 from planc.backends.onnx.build import MICROSOFT, Builder, Lowering
 from planc.backends.onnx.quantized import TABLE as QUANTIZED
 from planc.backends.onnx.standard import TABLE as STANDARD
-from planc.compiler.dialect import OPS
+from planc.compiler.dialect import LINEARS, OPS
 
 aten = torch.ops.aten
+
+LEAST_ROWS = "attention.least_rows"  # name of the constant: rows that the attention works on at least
 
 
 def _add(b: Builder, n: Node) -> str | None:
@@ -31,6 +33,7 @@ def _add(b: Builder, n: Node) -> str | None:
         norm.args[1],
         domain=MICROSOFT,
         outputs=4,
+        unused=(1, 2),  # mean and deviation, which cost time when they are asked for
         epsilon=float(norm.args[2]),
     )
     b.values[norm] = normed
@@ -119,7 +122,8 @@ def _cached_attention(b: Builder, n: Node) -> tuple[str, ...]:
     state = next(s for s in b.program.states if f"{s.name}.key" == past_k.target)
     if not _grouped(b, n):
         return STANDARD[OPS.cached_attention.default](b, n)
-    total, longest = _totals(b, lengths, q)
+    rows = _row_numbers(b, q) if bias is None and _rows_independent(b) else None
+    total, longest = _totals(b, lengths, q, rows)
     heads = int(q.meta["val"].shape[2])
     rotate = _rotates(b, n)
     if rotate:
@@ -130,14 +134,14 @@ def _cached_attention(b: Builder, n: Node) -> tuple[str, ...]:
         sources = [q, k, v]
     out, keys, values = b.op(
         "GroupQueryAttention",
-        *_packed(b, sources),
+        *(_repeated(b, value, rows) for value in _packed(b, sources)),
         past_k,
         past_v,
         total,
         longest,
         cos,
         sin,
-        positions if rotate else None,
+        _repeated(b, positions, rows),
         bias,
         domain=MICROSOFT,
         outputs=3,
@@ -148,9 +152,37 @@ def _cached_attention(b: Builder, n: Node) -> tuple[str, ...]:
         softcap=float(softcap) or None,
         do_rotary=int(rotate) or None,
     )
+    if rows is not None:
+        out = b.op("Slice", out, b.const([0], np.int64), b.size(q.meta["val"].shape[1]), b.const([1], np.int64))
     first = next(u for u in n.users if u.target is operator.getitem and u.args[1] == 0)
     b.flat[first] = out
     return out, keys, values
+
+
+def _rows_independent(b: Builder) -> bool:
+    """Whether every dense product gives a row the same bits however many rows share the pass: sums of integers do, sums of floats do not."""
+    return all(n.target is OPS.linear_int8.default for n in b.program.main.nodes if n.target in LINEARS)
+
+
+def _row_numbers(b: Builder, q: Node) -> str:
+    """Rows that the attention works on: 0 .. R-1, and for a single row 0, 0.
+
+    The attention multiplies one row by another kernel than several, with other rounding. Where nothing else in the graph depends on the
+    number of rows, two equal rows there make a one-row pass agree with longer ones bit for bit, at a fraction of the cost of a second row
+    everywhere. The spare row's keys lie behind the sequence's length, where nothing reads them.
+    """
+
+    def make() -> str:
+        rows = b.size(q.meta["val"].shape[1])
+        numbers = b.op("Range", b.const(0), b.scalar(b.op("Max", rows, least)), b.const(1))
+        return b.op("Min", numbers, b.op("Sub", rows, b.const([1], np.int64)))
+
+    least = b.tensor(LEAST_ROWS, np.array([2], np.int64))
+    return b.once(("row numbers",), make)
+
+
+def _repeated(b: Builder, value: str | None, rows: str | None) -> str | None:
+    return value if rows is None or value is None else b.op("Gather", value, rows, axis=1)
 
 
 def _packed(b: Builder, sources: list[Node]) -> list[str | None]:
@@ -165,16 +197,16 @@ def _packed(b: Builder, sources: list[Node]) -> list[str | None]:
     return [flat(b, s) for s in sources]
 
 
-def _totals(b: Builder, lengths: Node, q: Node) -> tuple[str, str]:
+def _totals(b: Builder, lengths: Node, q: Node, numbers: str | None) -> tuple[str, str]:
     """seqlens_k [B] int32 (last key of each sequence) and total_sequence_length (scalar int32)."""
 
     def last() -> str:
-        rows = b.size(q.meta["val"].shape[1])
+        rows = b.size(q.meta["val"].shape[1]) if numbers is None else b.op("Shape", numbers)
         keys = b.op("Add", lengths, b.op("Sub", rows, b.const([1], np.int64)))
         return b.op("Cast", keys, to=6)
 
-    total = b.once(("last key", lengths), last)
-    longest = b.once(("longest", lengths), lambda: b.op("Add", b.op("ReduceMax", total, keepdims=0), b.const(1, np.int32)))
+    total = b.once(("last key", lengths, numbers), last)
+    longest = b.once(("longest", total), lambda: b.op("Add", b.op("ReduceMax", total, keepdims=0), b.const(1, np.int32)))
     return total, longest
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from planc.backends.onnx.fused import LEAST_ROWS
 from planc.backends.onnx.lower import MODEL_FILE
 from planc.compiler.program import Program
 from planc.runtime.decode import Sampling
@@ -116,14 +117,14 @@ def adapt(program: Program, source: onnx.ModelProto) -> onnx.ModelProto:
     _rename(graph, renamed)
     kept = {*renamed.values(), "logits"}
     outputs = [value for value in graph.output if value.name in kept]
-    nodes = [*_lengths(), *graph.node]
+    nodes = [*_lengths(), *_least_rows(graph), *graph.node]
     live = _live(nodes, [value.name for value in outputs])
     read = {name for node in live for name in node.input}
     constants = [
         numpy_helper.from_array(np.array([1], np.int64), "genai.axis"),
         numpy_helper.from_array(np.array([0], np.int64), "logits_from"),
     ]
-    initializers = [tensor for tensor in (*graph.initializer, *constants) if tensor.name in read]
+    initializers = [tensor for tensor in (*graph.initializer, *constants) if tensor.name in read and tensor.name != LEAST_ROWS]
     inputs = [value for value in graph.input if value.name not in ("lengths", "logits_from")]
     inputs = [value for value in inputs if value.name != "position_ids" or value.name in read]
     batch = graph.input[0].type.tensor_type.shape.dim[0].dim_param
@@ -144,6 +145,25 @@ def _lengths() -> list[onnx.NodeProto]:
     ]
 
 
+def _least_rows(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
+    """Rows that the attention works on at least, [1]: two as in the graph, but one in a batch, where GroupQueryAttention takes one row a
+    sequence, and one where that loop's cache has no slot left for a spare row."""
+    if all(tensor.name != LEAST_ROWS for tensor in graph.initializer):
+        return []
+    three = helper.make_tensor("genai.three", TensorProto.INT64, [1], [3])
+    return [
+        helper.make_node("Constant", [], ["genai.three"], name="genai/three", value=three),
+        helper.make_node("Shape", ["input_ids"], ["genai.batch"], name="genai/batch", start=0, end=1),
+        helper.make_node(
+            "Sub", ["genai.three", "genai.batch"], ["genai.wanted"], name="genai/wanted"
+        ),  # 2 for one sequence, below for more
+        helper.make_node("Shape", ["past_key_values.0.key"], ["genai.slots"], name="genai/slots", start=2, end=3),
+        helper.make_node("ReduceMax", ["lengths"], ["genai.longest"], name="genai/longest", keepdims=1),
+        helper.make_node("Sub", ["genai.slots", "genai.longest"], ["genai.left"], name="genai/left"),
+        helper.make_node("Min", ["genai.left", "genai.wanted"], [LEAST_ROWS], name="genai/least_rows"),
+    ]
+
+
 def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
     for node in graph.node:
         for names in (node.input, node.output):
@@ -159,7 +179,7 @@ def _live(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.Node
     for node in reversed(nodes):
         if needed.intersection(node.output):
             live.append(node)
-            needed.update(node.input)
+            needed.update(filter(None, node.input))
     return live[::-1]
 
 

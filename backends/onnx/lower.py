@@ -95,7 +95,7 @@ def _live(builder: Builder, outputs: list[onnx.ValueInfoProto]) -> list[onnx.Nod
     for node in reversed(builder.nodes):
         if needed.intersection(node.output):
             live.append(node)
-            needed.update(node.input)
+            needed.update(filter(None, node.input))
     builder.nodes = live[::-1]
     return builder.nodes
 

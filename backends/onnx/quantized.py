@@ -30,23 +30,37 @@ def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
     return b.rows[x]
 
 
+def _fixed_step(b: Builder, x: Node, step: Node) -> str:
+    """x [..., K] float as uint8 around 128 with one step for all rows."""
+    return b.once(("fixed step", x, str(step.target)), lambda: b.op("QuantizeLinear", x, step, b.const(128, np.uint8)))
+
+
 def _linear_int8(b: Builder, n: Node) -> str:
-    x, weight, scale, bias = n.args
-    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(scale, Node)
-    values, row_scale = quantized_rows(b, x)
+    x, weight, scale, bias, step = _int8_arguments(n)
     stored, middle = b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8)
-    product = b.op("MatMulIntegerToFloat", values, stored, b.const(1.0), scale, middle, domain=MICROSOFT)
-    out = b.op("Mul", product, row_scale)
+    if step is not None:
+        out = b.op("MatMulIntegerToFloat", _fixed_step(b, x, step), stored, step, scale, middle, domain=MICROSOFT)
+    else:
+        values, row_scale = quantized_rows(b, x)
+        product = b.op("MatMulIntegerToFloat", values, stored, b.const(1.0), scale, middle, domain=MICROSOFT)
+        out = b.op("Mul", product, row_scale)
     return out if bias is None else b.op("Add", out, bias)
 
 
 def _linear_int8_standard(b: Builder, n: Node) -> str:
-    x, weight, scale, bias = n.args
-    assert isinstance(x, Node) and isinstance(weight, Node)
-    values, row_scale = quantized_rows(b, x)
+    x, weight, scale, bias, step = _int8_arguments(n)
+    values, row_scale = quantized_rows(b, x) if step is None else (_fixed_step(b, x, step), b[step])
     sums = b.op("MatMulInteger", values, b.param(str(weight.target), lambda w: w.T, ".T"), b.const(128, np.uint8))
     out = b.op("Mul", b.op("Mul", b.op("Cast", sums, to=TensorProto.FLOAT), scale), row_scale)
     return out if bias is None else b.op("Add", out, bias)
+
+
+def _int8_arguments(n: Node) -> tuple[Node, Node, Node, Node | None, Node | None]:
+    """x, weight, scale, bias, step of a linear_int8."""
+    x, weight, scale, bias, step = (*n.args, None)[:5]
+    assert isinstance(x, Node) and isinstance(weight, Node) and isinstance(scale, Node)
+    assert not isinstance(bias, tuple | list) and not isinstance(step, tuple | list)
+    return x, weight, scale, bias, step  # type: ignore[return-value]
 
 
 def _linear_blocks(b: Builder, n: Node) -> str:

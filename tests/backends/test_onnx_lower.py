@@ -184,6 +184,22 @@ def test_int8_equals_the_reference(
 
 
 @pytest.mark.parametrize("ops", ["fast", "standard"])
+@pytest.mark.parametrize("biased", [False, True])
+def test_int8_with_a_fixed_step_equals_the_reference(ops: Ops, biased: bool, tmp_path: Path) -> None:
+    """One step for all rows; values beyond it are cut off alike."""
+    weight, bias, step = some(9, 33, seed=1), some(9, seed=2) if biased else None, torch.tensor(0.01)
+
+    def make(edit: Editor, x: Node) -> Node:
+        steps, scale = quantize_outputs(weight)
+        last = edit.param("bias", bias) if bias is not None else None
+        return edit.call(OPS.linear_int8.default, x, edit.param("w", steps), edit.param("s", scale), last, edit.param("step", step))
+
+    program, x = built(33, make), some(2, 4, 33, seed=3)
+    assert float(x.abs().max()) > 1.28
+    close(onnx_run(program, tmp_path, ops, input=x)["output"], run(program, {"input": x})["output"], 1e-5)
+
+
+@pytest.mark.parametrize("ops", ["fast", "standard"])
 def test_int8_sums_are_exact(ops: Ops, tmp_path: Path) -> None:
     """Whole numbers up to 127 are their own steps, so that the sums of products come out as they are."""
     random = torch.Generator().manual_seed(0)
