@@ -226,6 +226,11 @@ def _softmax(b: Builder, n: Node) -> str:
 
 @lowers(aten.argmax.default)
 def _argmax(b: Builder, n: Node) -> str:
+    x, axis = n.args
+    assert isinstance(x, Node)
+    top = next((u for u in x.users if u.target is aten.topk.default and u in b.values), None)
+    if top is not None and axis in (-1, x.meta["val"].dim() - 1):  # the first of the top k, which is the lowest on ties here as well
+        return b.op("Gather", b.values[top][1], b.const(0, np.int64), axis=x.meta["val"].dim() - 1)
     return b.op("ArgMax", n.args[0], axis=n.args[1], keepdims=0, select_last_index=0)
 
 

@@ -56,7 +56,7 @@ class TokenRecycling(DrafterPart):
 
     k: Annotated[int, Field(ge=1, le=64)] = 8
     prefill_update: bool = True
-    prefill_rows: Annotated[int, Field(ge=1)] = 128
+    prefill_rows: Annotated[int, Field(ge=1)] = 32
     scope: Literal["process", "request"] = "process"
     warm: str | None = None
     template: Literal["paper"] | Template | None = None
@@ -79,7 +79,7 @@ class RecyclingDrafter:
         self,
         vocab_size: int,
         k: int = 8,
-        prompt_rows: int = 128,
+        prompt_rows: int = 32,
         per_request: bool = False,
         warm: NDArray[np.int32] | None = None,
         template: Template | None = None,

@@ -17,7 +17,7 @@ from planc.runtime.errors import InputError
 from planc.runtime.sampling import Sampler
 from planc.runtime.trees import Draft, pack
 
-CHUNK = 128  # prompt rows per prefill pass: large enough for full speed, small enough that no activation dominates the memory
+CHUNK = 256  # prompt rows per prefill pass: large enough for full speed, small enough that no activation dominates the memory
 MIN_ROWS = 2  # a one-row pass takes other kernels, whose rounding differs from that of all wider passes
 
 
