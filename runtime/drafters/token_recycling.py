@@ -22,6 +22,7 @@ from planc.runtime.trees import Cell, Draft
 
 _FLOOR = 0.01  # guesses less likely than this are not worth a place
 _EMPTY = -1  # in M: no successor known
+_FEW = 6  # rows that are written one by one faster than at once
 _STREAK = 3  # longest run of confirmations that is told apart
 
 #: acceptance rates before anything is learned: first rank by streak, then the other ranks
@@ -111,19 +112,21 @@ class RecyclingDrafter:
         """Write the successors of every row back. On duplicates an accepted row wins over a rejected one, a shallow one over a deep one."""
         if verified.top_ids is None or not len(verified.top_ids):
             return
-        tokens, chosen = verified.tokens, verified.chosen
-        first = self.matrix[[tokens[row] for row in verified.rows], 0].tolist()
-        for row, y, guess in zip(verified.rows, chosen, first, strict=True):
+        tokens, matrix = verified.tokens, self.matrix
+        for row, y in zip(verified.rows, verified.chosen, strict=True):
             token = tokens[row]
-            self.streak[token] = min(_STREAK, int(self.streak[token]) + 1) if y == guess else 0
+            self.streak[token] = min(_STREAK, int(self.streak[token]) + 1) if y == matrix[token, 0] else 0
         order: Sequence[int] = verified.rows
         if len(order) < len(tokens):
             accepted = set(verified.rows)
             rejected = sorted((row for row in range(len(tokens)) if row not in accepted), key=lambda row: -verified.depths[row])
             order = [*rejected, *verified.rows]
         width = min(self.top_k, verified.top_ids.shape[1])
-        # of equal indices in one assignment numpy keeps the last
-        self.matrix[[tokens[row] for row in order], :width] = verified.top_ids[order, :width]
+        if len(order) <= _FEW:
+            for row in order:
+                matrix[tokens[row], :width] = verified.top_ids[row, :width]
+        else:  # of equal indices in one assignment numpy keeps the last
+            matrix[[tokens[row] for row in order], :width] = verified.top_ids[order, :width]
 
     def _cell(self, token: int, rank: int, contested: bool) -> tuple[Cell, float]:
         """What is known about guessing the successor `rank` of `token`, and the rate to start from."""
