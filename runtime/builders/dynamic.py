@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from heapq import heappop, heappush
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
@@ -23,7 +23,7 @@ class Dynamic(BuilderPart):
     """
 
     budget: int | None = Field(None, ge=1, description="most guesses; left out: what the controller allows")
-    threshold: float | Literal["auto"] = Field(
+    threshold: Literal["auto"] | Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         "auto", description="least value of a slot, in one draft pass per level; auto: 1 / budget; 0: best first, one draft pass per guess"
     )
     temperature: float | None = Field(

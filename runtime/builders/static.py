@@ -29,10 +29,18 @@ class Static(BuilderPart):
     )
 
     @model_validator(mode="after")
-    def _is_a_tree(self) -> Static:
-        paths = {(), *(self.template or ())}
-        for path in paths - {()}:
-            for needed in (path[:-1], (*path[:-1], path[-1] - 1) if path[-1] else ()):
+    def _template_is_a_tree(self) -> Static:
+        if self.template is None:
+            return self
+        if self.model_fields_set & {"budget", "branching"}:
+            raise ValueError("`budget` and `branching` are of the solved tree; a template has its own")
+        if not self.template:
+            raise ValueError("the template has no paths")
+        paths = {(), *self.template}
+        for path in self.template:
+            if not path:
+                raise ValueError("a path of the template has at least one rank")
+            for needed in (path[:-1], (*path[:-1], max(0, path[-1] - 1))):
                 if needed not in paths:
                     raise ValueError(f"the template has {list(path)} and lacks {list(needed)}")
         return self
@@ -68,7 +76,7 @@ def best_template(acceptance: tuple[float, ...], guesses: int, depth: int) -> Te
     rows, ranks = guesses + 1, min(len(acceptance), guesses)
     m, y = np.indices((rows + 1, rows + 1))
     split = (y >= 1) & (y < m)  # rows of the last child, of m
-    best = np.ones(rows + 1)  # T(m, l - 1), best over b
+    best = np.ones(rows + 1)  # T(m, l - 1), best over b; entry 0 is never used
     widths, choices = list[np.ndarray](), list[np.ndarray]()  # per level: [m] best b; [b, m] best y
     for _ in range(depth):
         table, choice = [np.where(np.arange(rows + 1) >= 1, 1.0, -np.inf)], list[np.ndarray]()
@@ -78,7 +86,7 @@ def best_template(acceptance: tuple[float, ...], guesses: int, depth: int) -> Te
             table.append(value.max(1))
         widths.append(np.argmax(table, axis=0))
         choices.append(np.array(choice))
-        best = np.max(table, axis=0)
+        best = np.maximum(np.max(table, axis=0), 0.0)
 
     def paths(m: int, level: int, path: tuple[int, ...]) -> list[tuple[int, ...]]:
         found = list[tuple[int, ...]]()

@@ -81,9 +81,10 @@ def test_guesses_of_others_beside_the_draws_keep_the_law(count: int) -> None:
         committed = np.zeros(5)
         for drawn, weight in draws(normed(q.astype(np.float32)), count, "without_replacement"):
             beside = (drawn[0] + 1) % 5
-            for x, acceptance, rest in trials(p, Proposal(q.astype(np.float32), drawn=drawn)):
+            rest = p
+            for x, acceptance, left in trials(p, Proposal(q.astype(np.float32), drawn=drawn)):
                 committed[x] += weight * acceptance
-                weight *= 1.0 - acceptance
+                weight, rest = weight * (1.0 - acceptance), left
             committed[beside] += weight * rest[beside]  # met
             committed += weight * np.where(np.arange(5) == beside, 0.0, rest)  # not met
         assert np.abs(committed - p).max() < EXACT
@@ -167,7 +168,7 @@ def plain_law(p: Table, size: int, length: int) -> Floats:
 def test_block_commits_p_exactly(size: int, length: int, points: bool) -> None:
     for seed, sharpness in itertools.product(range(3), (0.2, 1.0)):
         p, q = table(size, seed), table(size, seed + 10, sharpness)
-        for stop in (lambda text: False, lambda text: text[-1] == 0, lambda text: q(text[:-1])[text[-1]] < 0.3):
+        for stop in (lambda text: False, lambda text: text[-1] == 0, lambda text, q=q: q(text[:-1])[text[-1]] < 0.3):
             out, _ = text_law(p, q, size, length, stop, points)
             assert np.abs(out - plain_law(p, size, length + 1)).max() < EXACT
     same = table(size, 5)
