@@ -76,6 +76,10 @@ class Controller:
             return self.tree.budget
         return min(_MOST, 4 + 2 * round(self._typical))
 
+    def siblings(self, trees: bool) -> bool:
+        """Whether siblings are taken, `trees` saying whether they keep the promised exactness."""
+        return self.tree.shape == "tree" or (self.tree.shape == "auto" and trees)
+
     def select(
         self,
         drafts: Sequence[Draft],
@@ -97,7 +101,7 @@ class Controller:
         most = max(0, min(room, max(len(draft) for draft in drafts)) - 1)
         reaches = [draft.reach() for draft in drafts]
         choices: list[tuple[list[list[int]], int]] = []  # per draft the rows in the order of adding them; how many fit
-        if self.tree.shape == "tree" or (self.tree.shape == "auto" and trees):
+        if self.siblings(trees):
             fits = room if block is None else min(block - length % block for length in lengths)
             if fits >= min_rows:
                 choices.append(([draft.ranking(reach) for draft, reach in zip(drafts, reaches, strict=True)], min(most, fits - 1)))
@@ -133,8 +137,7 @@ class Controller:
         span = range(min(low, most), min(high, most) + 1)
         n = max(span, key=lambda n: gains[n] / costs[max(n + 1, min_rows)])
         fits = room if block is None else min(block - length % block for length in lengths)
-        allowed = self.tree.shape == "tree" or (self.tree.shape == "auto" and trees)
-        return Cut(n, chain=not allowed or max(n + 1, min_rows) > fits)
+        return Cut(n, chain=not self.siblings(trees) or max(n + 1, min_rows) > fits)
 
     def judge(self, verified: Draft, rows: Sequence[int]) -> None:
         """Learn from a round that was settled by `ahead`: `rows` of the verified draft were accepted."""

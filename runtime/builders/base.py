@@ -116,8 +116,11 @@ class Growth:
         return self.draft.depths[row] < self._context.depth and self.draft.tokens[row] not in self._context.eos
 
     def draw(self, node: Node) -> int | None:
-        """The row of the next child of `node`; None when nothing is left to draw, or no guess may be added."""
-        token = None if self.full else self._token(node)
+        """The row of the next child of `node`; None when nothing is left to draw, or no guess may be added.
+
+        Where the round verifies chains, a node has one child: what any builder makes is the first path of its tree.
+        """
+        token = None if self.full or (node.drawn and not self._context.siblings) else self._token(node)
         if token is None:
             return None
         q = float(node.q[token])

@@ -23,6 +23,7 @@ class Context:
     depth: int  # deepest useful guess
     drawing: Drawing | None = None  # how to draw where the drafter has a distribution; None: greedily
     eos: frozenset[int] = frozenset()  # tokens that end the text; nothing follows them
+    siblings: bool = True  # whether this round verifies several guesses for one place
 
 
 @dataclass(slots=True)

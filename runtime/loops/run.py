@@ -239,11 +239,11 @@ class Run:
             self.stats.engine_seconds += seconds
         return outputs
 
-    def context(self, b: int, budget: int, depth: int) -> Context:
+    def context(self, b: int, budget: int, depth: int, siblings: bool) -> Context:
         """What a drafter may know about sequence b."""
         text = self.texts[b]
         drawing = Drawing(self.sampler.sampling, text.id, len(text.tokens), self.rule.tested)
-        return Context(b, text.tokens, budget, min(depth, text.left - 1), drawing, self.eos)
+        return Context(b, text.tokens, budget, min(depth, text.left - 1), drawing, self.eos, siblings)
 
     def chooser(self, b: int, outputs: Outputs, draft: Draft | None = None, *, position: int | None = None, first: int = 0) -> Choose:
         """How the token after a row of the last pass is chosen; without a `draft` as in plain decoding. `first` is the row of the first output.

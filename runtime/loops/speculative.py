@@ -50,7 +50,8 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
         cut = None
         if run.rule.tested:
             cut = controller.ahead(past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
-        drafts = {b: _draft(run, controller, b, cut) for b in live}  # 1. draft
+        siblings = controller.siblings(trees) if cut is None else not cut.chain
+        drafts = {b: _draft(run, controller, b, cut, siblings) for b in live}  # 1. draft
         # 2. choose how much of it this pass is worth; nothing at all is always a choice
         if cut is not None:
             chosen = [cut.of(draft) for draft in drafts.values()]
@@ -71,12 +72,12 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
         controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)
 
 
-def _draft(run: Run, controller: Controller, b: int, cut: Cut | None) -> Draft:
+def _draft(run: Run, controller: Controller, b: int, cut: Cut | None, siblings: bool) -> Draft:
     """The tree of one sequence, to which every drafter adds its guesses. In a settled number of guesses they are served in turn."""
     draft, depth = Draft(run.texts[b].tokens[-1], controller.rates), controller.tree.depth
     for drafter in run.drafters:
         budget = controller.budget if cut is None else cut.guesses + 1 - len(draft)
-        context = run.context(b, budget, depth)
+        context = run.context(b, budget, depth, siblings)
         if context.budget > 0 and context.depth > 0:
             drafter.propose(context, draft)
     return draft

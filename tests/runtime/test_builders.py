@@ -238,6 +238,14 @@ def test_tested_draws_have_noise_of_their_own_in_every_round_and_row() -> None:
     assert (race(3, 5, 1, tested=False) == race(4, tested=False)).all()  # the place decides, whatever the round
 
 
+@settings(max_examples=60, deadline=None)
+@given(builders, st.booleans(), st.integers(0, 9))
+def test_property_a_round_of_chains_gets_a_chain(builder: BuilderPart, tested: bool, seed: int) -> None:
+    draft = grown(builder, drawing=Drawing(Sampling(temperature=1.0, seed=seed), 0, 3, tested), siblings=False)
+    assert draft.is_chain
+    assert len(draft.proposals) == (len(draft) - 1 if tested else 0)
+
+
 # ---- static trees ------------------------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pytest
@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from toy_engine import ToyEngine
 
 from planc.runtime.acceptance import RULES, Rule, Target, Walk, walk
-from planc.runtime.builders import Beam, BuilderPart, Chain, Constant, Dynamic, Static
+from planc.runtime.builders import Beam, BuilderPart, Chain, Constant, Dynamic, Source, Static
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode, Sampling, Tree
 from planc.runtime.drafters import Context, Drafter, PromptLookup
+from planc.runtime.errors import InputError
 from planc.runtime.loops import Stats
 from planc.runtime.sampling import Drawing, Sampler, probabilities
 from planc.runtime.trees import Draft
@@ -47,8 +48,12 @@ def after(table: NDArray[np.float64]) -> Callable[[list[int]], NDArray[np.float6
 Change = Callable[[Draft], Draft]
 
 
+class Grows(Protocol):
+    def grow(self, source: Source, context: Context, draft: Draft, key: str) -> None: ...
+
+
 def chi_square(
-    name: str, builder: BuilderPart, rule: Rule | Callable[[Draft, Target, int], Walk], trials: int, change: Change | None = None
+    name: str, builder: Grows, rule: Rule | Callable[[Draft, Target, int], Walk], trials: int, change: Change | None = None
 ) -> float:
     """Chi-square of the joint of two tokens over `trials` texts, the second one sampled plainly where the walk gave one."""
     p, q = tables(name)
@@ -170,10 +175,11 @@ def test_legal_cuts_are_no_mistake() -> None:
 def test_guesses_of_others_in_the_same_tree_keep_the_distribution() -> None:
     """Guesses without a distribution stand in the tree before the draws, or come after them and know them."""
 
-    class Among(Chain):
-        before: bool = True
+    class Among:
+        def __init__(self, before: bool) -> None:
+            self.before = before
 
-        def grow(self, source: Any, context: Any, draft: Draft, key: str) -> None:
+        def grow(self, source: Source, context: Context, draft: Draft, key: str) -> None:
             def guess() -> None:
                 for token in (3, 1):
                     row = draft.add(0, token, ("other",), 0.5)
@@ -311,6 +317,19 @@ def test_how_much_is_drafted_is_settled_before_anything_is_drawn() -> None:
     lookup_first = Drawn(Chain(), blurred(engine))
     generate(engine, [[1, 2] * 5], decode("recursive", 20), [PromptLookup().build(23), lookup_first], Tree(budget=9))
     assert all(0 < budget <= 9 for budget in lookup_first.budgets)
+
+
+def test_a_builder_of_trees_makes_chains_where_siblings_cannot_be_verified() -> None:
+    engine = ToyEngine(23)
+    for options in ({"tree": Tree(budget=6, shape="chain")}, {"tree": Tree(budget=6), "trees_allowed": False}):
+        for acceptance in ("coupled", "recursive", "block"):
+            stats, engine.passes = Stats(), []
+            made = [Drawn(Beam(width=3, depth=6), blurred(engine, weight=1.0))]
+            generate(engine, [[1, 2]], decode(acceptance, 29), made, stats=stats, **options)  # type: ignore[arg-type]
+            assert not any(tree for *_, tree in engine.passes)
+            assert dict(stats.accepted) == {6: 4}
+    with pytest.raises(InputError, match="chains only"):
+        generate(engine, [[1, 2]], decode("block"), made, Tree(budget=6, shape="tree"))
 
 
 def test_auto_learns_how_much_to_draft() -> None:
