@@ -277,7 +277,7 @@ def models(as_json: Json = False) -> None:
 
 @app.command()
 def passes(as_json: Json = False) -> None:
-    """List what a plan can name: passes, drafters and policies."""
+    """List what a plan can name: passes, drafters and builders."""
     from importlib import import_module
 
     from planc.compiler.plan import Plan
@@ -285,6 +285,7 @@ def passes(as_json: Json = False) -> None:
 
     Plan()  # registers every part
     import_module("planc.runtime.drafters")
+    import_module("planc.runtime.builders")
     rows: list[dict[str, Any]] = []
     for kind in kinds():
         for key, part in sorted(parts(kind).items(), key=lambda entry: (getattr(entry[1], "stage", 0), entry[0])):

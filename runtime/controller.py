@@ -7,6 +7,7 @@ the most tokens per millisecond. n = 0, plain decoding, is always among the choi
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import Protocol, runtime_checkable
 
@@ -22,6 +23,7 @@ _EXPLORE_ROWS = 4
 _TRUST = 8  # wide passes before a plain one is made to measure it; doubles up to 32 times this
 _OUTLIER = 2.0  # a pass slower than this times its usual cost was disturbed from outside; it counts as this much
 _MARGIN = 0.01  # realised rate below plain that is still noise
+_NEXT = 0.8  # acceptance of a guess by that of the one added before it, until it is learned
 
 
 @runtime_checkable
@@ -38,6 +40,18 @@ Cost = CostTable | Callable[[int, int], float]  # the callable takes (rows of al
 def linear_cost(rows: int, past: int) -> float:
     """Stand-in when nothing was measured: one row more costs a twentieth of a pass."""
     return 1.0 + 0.05 * (rows - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How much of every draft a pass shall verify, settled before the drafts are made."""
+
+    guesses: int
+    chain: bool  # no siblings
+
+    def of(self, draft: Draft) -> Draft:
+        """What is verified of `draft`."""
+        return draft.first_path(self.guesses) if self.chain else draft.first(self.guesses)
 
 
 class Controller:
@@ -62,6 +76,10 @@ class Controller:
             return self.tree.budget
         return min(_MOST, 4 + 2 * round(self._typical))
 
+    def siblings(self, trees: bool) -> bool:
+        """Whether siblings are taken, `trees` saying whether they keep the promised exactness."""
+        return self.tree.shape == "tree" or (self.tree.shape == "auto" and trees)
+
     def select(
         self,
         drafts: Sequence[Draft],
@@ -83,7 +101,7 @@ class Controller:
         most = max(0, min(room, max(len(draft) for draft in drafts)) - 1)
         reaches = [draft.reach() for draft in drafts]
         choices: list[tuple[list[list[int]], int]] = []  # per draft the rows in the order of adding them; how many fit
-        if self.tree.shape == "tree" or (self.tree.shape == "auto" and trees):
+        if self.siblings(trees):
             fits = room if block is None else min(block - length % block for length in lengths)
             if fits >= min_rows:
                 choices.append(([draft.ranking(reach) for draft, reach in zip(drafts, reaches, strict=True)], min(most, fits - 1)))
@@ -100,6 +118,32 @@ class Controller:
                     best, best_n, best_rate = orders, n, rate
         self._typical += 0.1 * (best_n - self._typical)
         return [draft.take(order[:best_n]) for draft, order in zip(drafts, best, strict=True)]
+
+    def ahead(
+        self, lengths: Sequence[int], room: int, batch: int = 1, *, min_rows: int = 1, trees: bool = True, block: int | None = None
+    ) -> Cut:
+        """How much to draft and verify this round, settled without knowing the drafts; arguments as for `select`.
+
+        Where draws are tested against their distribution, the choice must not depend on the tokens drawn (`Draft.first`), and all that
+        `select` weighs does. What is left are the acceptance rates of the first, second, .. guess added, learned in rounds before.
+        """
+        most = max(0, min(room - 1, _MOST if self.tree.budget == "auto" else self.tree.budget))
+        reaches = [1.0]
+        for row in range(1, most + 1):
+            reaches.append(self.rates.get((("row", row),), _NEXT * reaches[-1]))
+        gains = list(accumulate(reaches))  # expected tokens of the pass for n = 0 ..
+        costs = self._table(max(lengths), batch, max(most + 1, min_rows))
+        low, high = self._span(most, min_rows)
+        span = range(min(low, most), min(high, most) + 1)
+        n = max(span, key=lambda n: gains[n] / costs[max(n + 1, min_rows)])
+        fits = room if block is None else min(block - length % block for length in lengths)
+        return Cut(n, chain=not self.siblings(trees) or max(n + 1, min_rows) > fits)
+
+    def judge(self, verified: Draft, rows: Sequence[int]) -> None:
+        """Learn from a round that was settled by `ahead`: `rows` of the verified draft were accepted."""
+        accepted = set(rows)
+        for row in range(1, len(verified)):
+            self.rates.observe((("row", row),), row in accepted)
 
     def observe(self, rows: int, past: int, batch: int, tokens: float, ms: float, *, min_rows: int = 1) -> None:
         """Account for a pass of `rows` rows that committed `tokens` tokens per unfinished sequence and took `ms` milliseconds.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 from planc.runtime.drafters import DrafterPart
+from planc.runtime.errors import PlanError
 from planc.runtime.registry import item_of
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ def _as_names(value: Any) -> Any:
 
 
 class Sampling(_Section):
-    """How a token is drawn. The text is a function of the prompt, these values and nothing else."""
+    """How a token is drawn. Under `acceptance: coupled` the text is a function of the prompt, these values and nothing else."""
 
     temperature: float = Field(0.0, ge=0.0, allow_inf_nan=False, description="0 is greedy")
     top_k: int = Field(0, ge=0, description="keep the k likeliest tokens; 0 keeps all")
@@ -49,10 +51,36 @@ class Tree(_Section):
 
 
 class Speculative(_Section):
-    """Draft and verify: several tokens per pass, the same text."""
+    """Draft and verify: several tokens per pass, the same text or, where draws are tested, text of the same distribution."""
 
     drafter: Annotated[tuple[DrafterItem, ...], BeforeValidator(_as_list), Field(min_length=1)]
     tree: Tree = Tree()
+    acceptance: Literal["coupled", "recursive", "block"] = Field(
+        "coupled",
+        description="coupled: the plain text, token by token; recursive and block test draws and accept more of them when sampling",
+    )
+
+    @model_validator(mode="after")
+    def _rule_fits(self) -> Speculative:
+        drawing = [part.key for part in self.drafter if part.draws != "nothing"]
+        if self.acceptance != "coupled" and len(drawing) > 1:
+            message = (
+                f"{drawing[0]} and {drawing[1]} would both draw the guesses below one token, and `acceptance: {self.acceptance}` tests one"
+            )
+            raise _conflict(message, "keep one of them, or use `acceptance: coupled`")
+        if self.acceptance == "block" and self.tree.shape == "tree":
+            raise _conflict("`acceptance: block` verifies chains, and the tree has `shape: tree`", "use `acceptance: recursive`")
+        for part in self.drafter:
+            if self.acceptance == "block" and part.draws == "tree":
+                message = f"`acceptance: block` verifies chains, and the builder of {part.key} makes trees"
+                raise _conflict(message, "use `builder: chain` or `acceptance: recursive`")
+        return self
+
+
+def _conflict(message: str, fix: str) -> PydanticCustomError:
+    """A refusal that keeps its code and fix on the way to where the place in the plan is known."""
+    error = PlanError("plan-conflict", message, fix=fix)
+    return PydanticCustomError("part_refused", "{message}", {"message": message, "error": error})
 
 
 class Decode(_Section):

@@ -1,12 +1,15 @@
 """From logits to a token: one function for plain decoding, every row of a tree and the bonus row, so that all mean the same distribution.
 
 Sampling is coupled (papers/A0 section 6): the noise belongs to (seed, sequence, absolute position), not to the pass, so the sampled text
-does not depend on how many tokens were verified at once and can be compared token by token.
+does not depend on how many tokens were verified at once and can be compared token by token. Other uses of chance have streams of their own
+(`Purpose`), independent of these and of each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +19,14 @@ if TYPE_CHECKING:
     from planc.runtime.decode import Sampling
 
 _HEAD = 1024  # candidates that top-p sorts before it falls back to sorting the vocabulary
+
+
+class Purpose(IntEnum):
+    """What a stream of random numbers is for."""
+
+    SAMPLE = 0  # the target's own choice at a place
+    DRAW = 1  # guesses of a draft
+    TEST = 2  # the tests that accept or reject them
 
 
 def process(logits: NDArray[np.floating], sampling: Sampling, seen: Iterable[int] = ()) -> NDArray[np.float64]:
@@ -33,7 +44,7 @@ def process(logits: NDArray[np.floating], sampling: Sampling, seen: Iterable[int
         return scores
     scores /= sampling.temperature
     if 0 < sampling.top_k < scores.size:
-        _keep_only(scores, _best(scores, sampling.top_k))
+        _keep_only(scores, best(scores, sampling.top_k))
     if sampling.top_p < 1.0:
         _keep_only(scores, _nucleus(scores, sampling.top_p))
     if sampling.min_p > 0.0:
@@ -44,6 +55,12 @@ def process(logits: NDArray[np.floating], sampling: Sampling, seen: Iterable[int
 def noise(seed: int, sequence: int, position: int, size: int) -> NDArray[np.float64]:
     """Standard Gumbel noise [size] of one place in one text; a function of its arguments only (Philox is counter-based)."""
     return -np.log(_exponential(seed, sequence, position, size))
+
+
+def uniforms(seed: int, sequence: int, position: int, size: int, purpose: Purpose, node: int = 0) -> NDArray[np.float64]:
+    """Uniform numbers [size] in [0, 1) of one place, purpose and node; different arguments give independent streams."""
+    key, counter = np.array([seed, sequence], dtype=np.uint64), np.array([0, node, purpose, position], dtype=np.uint64)
+    return np.random.Generator(np.random.Philox(key=key, counter=counter)).random(size)
 
 
 def probabilities(scores: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -73,19 +90,62 @@ class Sampler:
         scores = process(logits, self.sampling, seen)
         if self.sampling.temperature == 0.0:
             return int(np.argmax(scores))
-        # argmax(log p + G) with G = -log(E) is argmin(E / p): one logarithm less per token of the vocabulary
-        weights = np.exp(scores - scores.max())
-        with np.errstate(divide="ignore"):
-            race = _exponential(self.sampling.seed, sequence, position, scores.size) / weights  # [V], inf where excluded
-        return int(np.argmin(race))
+        return self.sample(np.exp(scores - scores.max()), sequence, position)
+
+    def sample(self, weights: NDArray[np.float64], sequence: int, position: int) -> int:
+        """A token drawn in proportion to `weights` [V] with the noise of the place."""
+        return int(np.argmin(arrivals(weights, _exponential(self.sampling.seed, sequence, position, weights.size))))
+
+
+@dataclass(frozen=True, slots=True)
+class Drawing:
+    """How guesses shall be drawn from a draft's distributions in one round of one text.
+
+    `tested`: the guesses will be tested against the distribution that they were drawn from, so they need noise of their own, fresh in every
+    round: a round's place (the committed length, which grows) and the parent's row key it. Keyed by position alone, noise that already
+    decided which guesses an earlier round had would come back, and the text would lean towards it. Not `tested`: guesses are matched with
+    the target's own choices, so the draft uses the noise with which the target will choose (papers/A0 section 6).
+    """
+
+    sampling: Sampling
+    text: int = 0  # keys the noise, as in `Sampler.choose`
+    place: int = 0  # absolute position of the token after the root
+    tested: bool = False
+
+    @property
+    def greedy(self) -> bool:
+        """No noise at all: the likeliest guess is the first."""
+        return self.sampling.temperature == 0.0
+
+    def race(self, q: NDArray[np.floating], row: int, depth: int, draw: int = 0) -> NDArray[np.float64]:
+        """Arrival times [V]: tokens by rising time are drawn from q without replacement; -log(time) is log q + Gumbel noise.
+
+        `row` and `depth` are the parent's, `draw` counts races at the same node. Tokens with q = 0 never arrive (inf). Greedily the times
+        are 1 / q.
+        """
+        seed, size = self.sampling.seed, q.size
+        if self.greedy:
+            return arrivals(q, 1.0)
+        if self.tested:
+            return arrivals(q, _as_exponential(uniforms(seed, self.text, self.place, size, Purpose.DRAW, row + (draw << 32))))
+        return arrivals(q, _exponential(seed, self.text, self.place + depth, size))
+
+
+def arrivals(weights: NDArray[np.floating], time: NDArray[np.float64] | float) -> NDArray[np.float64]:
+    """Who arrives first is a sample: argmax(log p + G) with G = -log(E) is argmin(E / p), one logarithm less per token."""
+    with np.errstate(divide="ignore", over="ignore"):
+        return np.asarray(time / weights)  # [V], inf where excluded
 
 
 def _exponential(seed: int, sequence: int, position: int, size: int) -> NDArray[np.float64]:
-    bits = np.random.Philox(key=np.array([seed, sequence], dtype=np.uint64), counter=np.array([0, 0, 0, position], dtype=np.uint64))
-    return np.asarray(-np.log1p(-(np.random.Generator(bits).random(size) + 2.0**-54)))  # shifted into (0, 1): finite Gumbels, no 0 / 0
+    return _as_exponential(uniforms(seed, sequence, position, size, Purpose.SAMPLE))
 
 
-def _best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def _as_exponential(u: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.asarray(-np.log1p(-(u + 2.0**-54)))  # shifted into (0, 1): finite Gumbels, no 0 / 0
+
+
+def best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     """Ids of the `count` highest scores, falling; the lower id first on a tie, also at the cut."""
     if count < scores.size:
         floor = np.partition(scores, scores.size - count)[scores.size - count]
@@ -100,7 +160,7 @@ def _nucleus(scores: NDArray[np.float64], top_p: float) -> NDArray[np.int64]:
     weights = np.exp(scores - scores.max())
     total = weights.sum()
     for count in (min(_HEAD, scores.size), scores.size):
-        ids = _best(scores, count)
+        ids = best(scores, count)
         mass = np.cumsum(weights[ids])
         inside = int(np.searchsorted(mass, top_p * total)) + 1
         if inside <= count:

@@ -7,10 +7,12 @@ guess carries the estimated probability that it is accepted *given that its pare
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
-from planc.runtime.engine import CHAIN, Step
+from planc.runtime.engine import CHAIN, Floats, Step
 
 Cell = tuple[str | int, ...]  # what a drafter knows about a guess: (drafter key, feature, ...)
 
@@ -57,10 +59,31 @@ class Rates:
                 return
 
 
-class Draft:
-    """A tree of guesses for one sequence. Lists are indexed by row; row 0 is the pending token."""
+Kind = Literal["without_replacement", "with_replacement"]
 
-    __slots__ = ("cells", "children", "depths", "p", "parents", "rates", "tokens")
+
+@dataclass(slots=True)
+class Proposal:
+    """The distribution that children of a row were drawn from, and the draws.
+
+    `marks[j]` is the number of rows that the draft had when `drawn[j]` was drawn: the row that it got, unless the token was there already
+    (guessed by another drafter, or drawn before with replacement).
+    """
+
+    q: Floats  # [V] float32, after the draft's own warping
+    kind: Kind = "without_replacement"
+    drawn: list[int] = field(default_factory=list)  # tokens in draw order
+    marks: list[int] = field(default_factory=list)
+
+
+class Draft:
+    """A tree of guesses for one sequence. Lists are indexed by row; row 0 is the pending token.
+
+    Children of a row with a proposal are its draws, then what other drafters guessed there; all children of the other rows are guesses
+    without a distribution (point masses).
+    """
+
+    __slots__ = ("cells", "children", "depths", "p", "parents", "proposals", "rates", "tokens")
 
     def __init__(self, root: int, rates: Rates | None = None) -> None:
         self.rates = rates if rates is not None else Rates()
@@ -70,6 +93,7 @@ class Draft:
         self.p: list[float] = [1.0]  # P(accepted | parent accepted)
         self.cells: list[tuple[Cell, ...]] = [()]
         self.children: list[dict[int, int]] = [{}]  # token -> row
+        self.proposals: dict[int, Proposal] = {}  # parent row -> where its children were drawn from
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -92,6 +116,21 @@ class Draft:
             self.cells[row] = (*self.cells[row], cell)
             self.p[row] = self.rates.get(self.cells[row], 1.0 - (1.0 - self.p[row]) * (1.0 - p))
         return row
+
+    def draw(self, parent: int, token: int, cell: Cell, prior: float) -> int:
+        """The row of a token drawn from the proposal of `parent`. Draws are added in the order of drawing, all of them."""
+        proposal = self.proposals[parent]
+        proposal.drawn.append(token)
+        proposal.marks.append(len(self.tokens))
+        return self.add(parent, token, cell, prior)
+
+    def path(self, row: int) -> list[int]:
+        """Tokens of the guesses from below the root down to `row`."""
+        tokens = []
+        while row:
+            tokens.append(self.tokens[row])
+            row = self.parents[row]
+        return tokens[::-1]
 
     def reach(self) -> list[float]:
         """P(row is accepted) for every row: the product of `p` down from the root."""
@@ -127,6 +166,8 @@ class Draft:
         """The sub-tree of these rows (closed under ancestors, root implied), likeliest branch first.
 
         Depth first along the likeliest child puts the path that is accepted most often into consecutive slots, so keeping it moves nothing.
+        Proposals stay behind: which draws are in a tree that was cut by estimates depends on the tokens drawn, so they are guesses like any
+        other from here on. `first` and `first_path` are the cuts that keep proposals.
         """
         wanted = set(rows)
         taken = Draft(self.tokens[0], self.rates)
@@ -135,19 +176,57 @@ class Draft:
             row, copy = stack.pop()
             if row:
                 parent, copy = copy, len(taken.tokens)
-                taken.tokens.append(self.tokens[row])
-                taken.parents.append(parent)
-                taken.depths.append(self.depths[row])
-                taken.p.append(self.p[row])
-                taken.cells.append(self.cells[row])
-                taken.children.append({})
-                taken.children[parent][self.tokens[row]] = copy
+                taken._copy(self, row, parent)
             heirs = [child for child in self.children[row].values() if child in wanted]
             if len(heirs) > 1:
                 heirs.sort(key=lambda child: self.p[child])
             stack.extend((child, copy) for child in heirs)
         assert len(taken) == len(wanted - {0}) + 1, "rows must be closed under ancestors"
         return taken
+
+    def first(self, count: int) -> Draft:
+        """The first `count` guesses in the order of adding, and the draws made up to there.
+
+        The ratio test of a draw is unbiased only if its being in the tree does not depend on the token drawn (papers/A0 section 5, inclusion
+        rule). The order of adding satisfies that: what was added before a draw does not know it. So must `count`: it is fixed before
+        anything is drawn, and never computed from q, from estimates of the guesses, or from the size of the draft, all of which know the
+        tokens. Draws that met an existing row have no row of their own to count; their mark stands for it, lest a draw be kept because of
+        the token that it met.
+        """
+        taken = Draft(self.tokens[0], self.rates)
+        for row in range(1, min(count + 1, len(self.tokens))):
+            taken._copy(self, row, self.parents[row])
+        for parent, proposal in self.proposals.items():
+            draws = sum(mark <= count for mark in proposal.marks)
+            if draws:
+                taken.proposals[parent] = Proposal(proposal.q, proposal.kind, proposal.drawn[:draws], proposal.marks[:draws])
+        return taken
+
+    def first_path(self, count: int) -> Draft:
+        """The chain of at most `count` guesses that follows the child added first at every row.
+
+        Legal like `first`: the first child is either the first draw, whatever its token, or a guess that stood there before the draw, which
+        then is left out whatever its token. To follow the likeliest child instead would choose draws by their tokens.
+        """
+        taken, row = Draft(self.tokens[0], self.rates), 0
+        while self.children[row] and len(taken.tokens) <= count:
+            child, here = min(self.children[row].values()), len(taken.tokens) - 1
+            proposal = self.proposals.get(row)
+            if proposal is not None and proposal.marks[:1] == [child]:
+                taken.proposals[here] = Proposal(proposal.q, proposal.kind, proposal.drawn[:1], [here + 1])
+            taken._copy(self, child, here)
+            row = child
+        return taken
+
+    def _copy(self, other: Draft, row: int, parent: int) -> None:
+        """Append `row` of another draft as a child of `parent`."""
+        self.children[parent][other.tokens[row]] = len(self.tokens)
+        self.tokens.append(other.tokens[row])
+        self.parents.append(parent)
+        self.depths.append(self.depths[parent] + 1)
+        self.p.append(other.p[row])
+        self.cells.append(other.cells[row])
+        self.children.append({})
 
 
 def chain(tokens: Sequence[int], rates: Rates | None = None) -> Draft:

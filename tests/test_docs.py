@@ -26,7 +26,8 @@ from planc.compiler.cli import app
 from planc.compiler.models import models
 from planc.compiler.peers import PEERS
 from planc.compiler.plan import Plan
-from planc.runtime import registry
+from planc.runtime import builders, registry
+from planc.runtime.acceptance import RULES
 from planc.runtime.contract import LEVELS
 from planc.runtime.executable import Executable
 from planc.runtime.registry import parts
@@ -349,6 +350,11 @@ def _order(rows: list[tuple[str, ...]], key: str) -> int:
 
 def test_drafter_table_is_the_registry() -> None:
     assert [row[0] for row in table(section(README, "Drafters"))] == sorted(parts("drafter"))
+
+
+def test_acceptance_and_builder_tables_are_the_code() -> None:
+    assert [row[0] for row in table(section(README, "Acceptance"))] == list(RULES)
+    assert [row[0] for row in table(section(README, "Builders"))] == sorted(parts(builders.BuilderPart.kind))
 
 
 def test_other_tables_are_the_code() -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 from numpy.typing import NDArray
 
 from planc.runtime.engine import Ints
 from planc.runtime.registry import PlanPart
+from planc.runtime.sampling import Drawing
 from planc.runtime.trees import Draft
 
 
@@ -20,6 +21,9 @@ class Context:
     tokens: list[int]  # committed text, prompt included; the last one is pending. Read only
     budget: int  # guesses that are worth adding; more are not looked at
     depth: int  # deepest useful guess
+    drawing: Drawing | None = None  # how to draw where the drafter has a distribution; None: greedily
+    eos: frozenset[int] = frozenset()  # tokens that end the text; nothing follows them
+    siblings: bool = True  # whether this round verifies several guesses for one place
 
 
 @dataclass(slots=True)
@@ -60,6 +64,11 @@ class DrafterPart(PlanPart):
     def needs_top_k(self) -> int:
         """Width of the top-k output that the graph must have; 0 for none."""
         return 0
+
+    @property
+    def draws(self) -> Literal["nothing", "chain", "tree"]:
+        """What it draws from a distribution. A drafter with a builder draws what `builder.draws` says."""
+        return "nothing"
 
     def build(self, vocab_size: int) -> Drafter:
         """The runtime object."""

@@ -9,12 +9,12 @@ from time import perf_counter
 
 import numpy as np
 
-from planc.runtime.acceptance import Choose, Walk
+from planc.runtime.acceptance import Choose, Target, Walk, rule_of
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import Drafter, Verified
+from planc.runtime.drafters import Context, Drafter, Verified
 from planc.runtime.engine import Cache, Engine, Outputs, Step
 from planc.runtime.errors import InputError
-from planc.runtime.sampling import Sampler
+from planc.runtime.sampling import Drawing, Sampler
 from planc.runtime.trees import Draft, pack
 
 CHUNK = 256  # prompt rows per prefill pass: large enough for full speed, small enough that no activation dominates the memory
@@ -115,6 +115,8 @@ class Run:
         self.eos, self.stop = frozenset(eos), stop
         self.stats = stats if stats is not None else Stats()
         self.sampler = Sampler(decode.sampling)
+        acceptance = decode.speculative.acceptance if decode.speculative is not None else "coupled"
+        self.rule = rule_of(acceptance, decode.sampling.temperature)
         self.limit = min(cache.capacity, engine.spec.max_length)
         self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass
         # a sequence always has room for a pass of `min_rows` rows, so both loops stop at the same token when the cache is full
@@ -143,7 +145,10 @@ class Run:
             raise InputError("output-missing", message, fix="compile again with this drafter in the plan")
 
     def require_trees(self, wanted: bool) -> None:
-        """Refuse a plan that insists on trees when the engine can only run chains."""
+        """Refuse a plan that insists on trees when the engine can only run chains, or the rule verify nothing else."""
+        if wanted and self.rule.chains:
+            message = "the plan asks for draft trees, and its acceptance rule verifies chains only"
+            raise InputError("input-invalid", message, fix="use tree: {shape: chain} or acceptance: recursive")
         if wanted and not self.engine.spec.trees:
             message = "the plan asks for draft trees, and this engine runs chains only"
             raise InputError("input-invalid", message, fix="use tree: {shape: auto}")
@@ -234,8 +239,14 @@ class Run:
             self.stats.engine_seconds += seconds
         return outputs
 
-    def chooser(self, b: int, outputs: Outputs, *, position: int | None = None, first: int = 0) -> Choose:
-        """How the target chooses the token after a row of the last pass; `first` is the row of the first output.
+    def context(self, b: int, budget: int, depth: int, siblings: bool) -> Context:
+        """What a drafter may know about sequence b."""
+        text = self.texts[b]
+        drawing = Drawing(self.sampler.sampling, text.id, len(text.tokens), self.rule.tested)
+        return Context(b, text.tokens, budget, min(depth, text.left - 1), drawing, self.eos, siblings)
+
+    def chooser(self, b: int, outputs: Outputs, draft: Draft | None = None, *, position: int | None = None, first: int = 0) -> Choose:
+        """How the token after a row of the last pass is chosen; without a `draft` as in plain decoding. `first` is the row of the first output.
 
         `position` is the absolute position of the token that follows the root: noise and penalties belong to the place in the text.
         """
@@ -245,10 +256,10 @@ class Run:
             argmax = outputs.argmax[b].tolist()  # host sync: the loop needs the ids
             return lambda row, path: int(argmax[row - first])
         assert outputs.logits is not None
-        logits = outputs.logits[b]  # [R', V]
         place = len(text.tokens) if position is None else position
-        before = set(text.tokens) if sampler.tracks_text else set[int]()
-        return lambda row, path: sampler.choose(logits[row - first], text.id, place + len(path), before.union(path) if before else ())
+        seen = frozenset(text.tokens) if sampler.tracks_text else frozenset[int]()
+        target = Target(outputs.logits[b], sampler, text.id, place, seen, first)
+        return target.choose if draft is None else self.rule.choices(draft, target)
 
     def commit(self, b: int, rows: Sequence[int], tokens: Sequence[int], draft: Draft | None = None, *, fed: bool = False) -> list[Piece]:
         """Append `tokens` to text b up to the first that ends it, and keep the rows they came from. One piece."""

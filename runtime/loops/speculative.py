@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from planc.runtime.acceptance import walk
-from planc.runtime.controller import Controller
+from planc.runtime.controller import Controller, Cut
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import Context, Drafter
+from planc.runtime.drafters import Drafter
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.loops.run import CHUNK, Piece, Run, Stats, Stop
 from planc.runtime.trees import Draft
@@ -39,28 +39,45 @@ def speculative(
     """
     run = Run(engine, cache, prompts, decode, drafters, eos=eos, min_rows=min_rows, chunk=chunk, ids=ids, stop=stop, stats=stats)
     run.require_trees(controller.tree.shape == "tree")
-    return run.stats.timed(_rounds(run, controller, trees_allowed and engine.spec.trees, block))
+    return run.stats.timed(_rounds(run, controller, trees_allowed and engine.spec.trees and not run.rule.chains, block))
 
 
 def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
     yield from run.prefill()
     while live := run.live:
-        drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
-        for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
-            context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
-            for drafter in run.drafters if context.budget and context.depth else ():
-                drafter.propose(context, draft)
-        # 2. choose how much of it this pass is worth; nothing at all is always a choice
         past = [int(run.cache.lengths[b]) for b in live]
-        chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
+        # where draws are tested, how many guesses this pass is worth is settled before anything is drawn
+        cut = None
+        if run.rule.tested:
+            cut = controller.ahead(past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
+        siblings = controller.siblings(trees) if cut is None else not cut.chain
+        drafts = {b: _draft(run, controller, b, cut, siblings) for b in live}  # 1. draft
+        # 2. choose how much of it this pass is worth; nothing at all is always a choice
+        if cut is not None:
+            chosen = [cut.of(draft) for draft in drafts.values()]
+        else:
+            chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
         verified = dict(zip(live, chosen, strict=True))
         outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
         committed = 0
         for b, tree in verified.items():
-            path = walk(tree, run.chooser(b, outputs))  # 4. accept: follow the target's choices down the tree
+            path = walk(tree, run.chooser(b, outputs, tree))  # 4. accept: follow the chosen tokens down the tree
             pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
             controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
+            if cut is not None:
+                controller.judge(tree, path.rows)
             run.teach(b, tree, path, outputs)
             committed += len(pieces[0].tokens)
             yield from pieces
         controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)
+
+
+def _draft(run: Run, controller: Controller, b: int, cut: Cut | None, siblings: bool) -> Draft:
+    """The tree of one sequence, to which every drafter adds its guesses. In a settled number of guesses they are served in turn."""
+    draft, depth = Draft(run.texts[b].tokens[-1], controller.rates), controller.tree.depth
+    for drafter in run.drafters:
+        budget = controller.budget if cut is None else cut.guesses + 1 - len(draft)
+        context = run.context(b, budget, depth, siblings)
+        if context.budget > 0 and context.depth > 0:
+            drafter.propose(context, draft)
+    return draft

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from toy_engine import ToyEngine
 
+from planc.runtime.builders import BuilderPart
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode, Tree
 from planc.runtime.drafters import Context, Drafter, Verified
+from planc.runtime.engine import Floats
 from planc.runtime.loops import Stats, autoregressive, speculative
 from planc.runtime.trees import Draft
 
@@ -69,6 +72,55 @@ class Helped(Bush):
         for token in self.texts[context.sequence][at : at + int(self.rng.integers(0, context.depth + 1))]:
             row = draft.add(row, token, ("helped", 0), float(self.rng.random()))
         super().propose(context, draft)
+
+
+class ToySource:
+    """A draft model from a function of the text. Checks that it is used as its protocol says, and hands out an array that it overwrites."""
+
+    def __init__(self, logits: Callable[[list[int]], NDArray[np.floating[Any]]]) -> None:
+        self.logits, self.calls = logits, list[int]()  # rows of each draft pass
+        self._handed_out = np.zeros(0)
+
+    def begin(self, tokens: Sequence[int]) -> Floats:
+        self.tokens, self.known = list(tokens), {0}
+        self.calls.append(1)
+        return self._give([self.tokens])[0]
+
+    def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
+        assert len(rows)
+        for row in rows:
+            assert row not in self.known
+            assert draft.parents[row] in self.known
+        self.known |= set(rows)
+        self.calls.append(len(rows))
+        return self._give([self.tokens + draft.path(row) for row in rows])
+
+    def _give(self, texts: list[list[int]]) -> Floats:
+        self._handed_out.fill(np.nan)
+        self._handed_out = np.stack([self.logits(text) for text in texts]).astype(np.float32)
+        return self._handed_out
+
+
+class Drawn(Adversary):
+    """A drafter with a distribution."""
+
+    def __init__(self, builder: BuilderPart, logits: Callable[[list[int]], NDArray[np.floating[Any]]]) -> None:
+        self.builder, self.source, self.budgets = builder, ToySource(logits), list[int]()
+
+    def propose(self, context: Context, draft: Draft) -> None:
+        self.budgets.append(context.budget)
+        self.builder.grow(self.source, context, draft, "drawn")
+
+
+def blurred(engine: ToyEngine, seed: int = 1, weight: float = 0.6) -> Callable[[list[int]], NDArray[np.float64]]:
+    """Logits of a draft model that knows the engine's in part."""
+    other = ToyEngine(engine.spec.vocab_size, seed=seed, predictable=0.0)
+
+    def logits(text: list[int]) -> NDArray[np.float64]:
+        visible = list(enumerate(text))
+        return np.asarray(weight * engine.logits(visible) + (1 - weight) * other.logits(visible), dtype=np.float64)
+
+    return logits
 
 
 def generate(

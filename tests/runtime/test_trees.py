@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planc.runtime.acceptance import walk
-from planc.runtime.trees import Draft, Rates, chain, pack
+from planc.runtime.trees import Draft, Proposal, Rates, chain, pack
 
 
 @st.composite
@@ -71,6 +72,45 @@ def test_take_puts_the_likeliest_branch_into_consecutive_rows() -> None:
     taken = draft.take(range(1, len(draft)))
     assert taken.tokens == [0, 2, 5, 6, 1, 3]
     assert taken.parents == [-1, 0, 1, 2, 0, 0]
+
+
+def drawn() -> Draft:
+    """Another drafter's guess 5 at the root, then draws 5, 7, 7, 8 with replacement, and one draw 9 below the first of them."""
+    draft = Draft(0)
+    draft.add(0, 5, ("other", 0), 0.5)
+    draft.proposals[0] = Proposal(np.ones(10, dtype=np.float32), "with_replacement")
+    for token in (5, 7, 7, 8):
+        draft.draw(0, token, ("drawn", 0), 0.5)
+    draft.proposals[1] = Proposal(np.ones(10, dtype=np.float32))
+    draft.draw(1, 9, ("drawn", 0), 0.5)
+    return draft
+
+
+def test_draws_remember_their_order_and_meet_what_is_there() -> None:
+    draft = drawn()
+    assert draft.tokens == [0, 5, 7, 8, 9]
+    assert (draft.proposals[0].drawn, draft.proposals[0].marks) == ([5, 7, 7, 8], [2, 2, 3, 3])
+    assert draft.cells[1] == (("other", 0), ("drawn", 0))
+    assert [draft.path(row) for row in range(5)] == [[], [5], [7], [8], [5, 9]]
+
+
+@pytest.mark.parametrize(("count", "draws"), [(0, []), (1, []), (2, [5, 7]), (3, [5, 7, 7, 8]), (4, [5, 7, 7, 8]), (9, [5, 7, 7, 8])])
+def test_first_counts_a_draw_that_met_a_row_like_any_other(count: int, draws: list[int]) -> None:
+    """With room for one guess the draw 5 is cut as a draw of any other token would be, though its row is there."""
+    cut = drawn().first(count)
+    assert cut.tokens == [0, 5, 7, 8, 9][: count + 1]
+    assert (cut.proposals[0].drawn if 0 in cut.proposals else []) == draws
+    assert (1 in cut.proposals) == (count >= 4)
+
+
+def test_first_path_leaves_draws_beside_an_older_guess_out() -> None:
+    path = drawn().first_path(3)
+    assert path.tokens == [0, 5, 9]
+    assert {row: proposal.drawn for row, proposal in path.proposals.items()} == {1: [9]}
+
+
+def test_a_tree_cut_by_estimates_has_no_proposals() -> None:
+    assert not drawn().take([1, 2]).proposals
 
 
 def test_pack_pads_behind_the_last_row() -> None:
