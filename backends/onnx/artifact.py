@@ -14,17 +14,24 @@ from planc.backends.onnx.lower import lower
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
 from planc.runtime.contract import Contract
+from planc.runtime.decode import Decode
 from planc.runtime.engine import Engine
 
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
 
 
-def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callable[[Engine, int], Contract]) -> None:
-    """Write the artifact at `directory`; `finish` measures the engine that was made from it."""
+def write_onnx(
+    planned: Planned, directory: Path, capacity: int, finish: Callable[[Engine, int], Contract], attach: Callable[[Path], Decode]
+) -> None:
+    """Write the artifact at `directory`.
+
+    `attach` adds what the drafters need to the directory and gives the decode section that names it; `finish` measures the engine.
+    """
     plan, program = planned.plan, planned.program
 
     def build(target: Path) -> Manifest:
+        decode = attach(target)
         lower(program, target, ops=plan.target.ops, positions=capacity)
         for name, path in planned.model.tokenizer_files.items():
             shutil.copyfile(path, target / name)
@@ -33,7 +40,7 @@ def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callabl
             created_by="planc.compile",
             model=planned.model.name,
             plan=plan.to_dict(),
-            decode=plan.decode.model_dump(mode="json"),
+            decode=decode.model_dump(mode="json"),
             backend="onnx",
             target=plan.target.model_dump(mode="json"),
             signature=signature(program, capacity),

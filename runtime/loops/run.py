@@ -11,7 +11,8 @@ import numpy as np
 
 from planc.runtime.acceptance import Choose, Walk
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import Drafter, Verified
+from planc.runtime.drafters import Context, Drafter, Verified
+from planc.runtime.drafters.base import Draw, likeliest
 from planc.runtime.engine import Cache, Engine, Outputs, Step
 from planc.runtime.errors import InputError
 from planc.runtime.sampling import Sampler
@@ -62,6 +63,7 @@ class Stats:
     accepted_by: Counter[str] = field(default_factory=Counter)
     prefill_seconds: float = 0.0  # in the engine
     engine_seconds: float = 0.0  # in the engine, prefill excluded
+    draft_seconds: float = 0.0  # in the drafters, passes of their own included
     total_seconds: float = 0.0
     first_token_seconds: float = 0.0
 
@@ -117,6 +119,9 @@ class Run:
         self.sampler = Sampler(decode.sampling)
         self.limit = min(cache.capacity, engine.spec.max_length)
         self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass
+        self.draft_ms = (
+            0.0  # of the drafts for that pass; the first drafts of a text, before which a drafter may read the prompt, count as 0
+        )
         # a sequence always has room for a pass of `min_rows` rows, so both loops stop at the same token when the cache is full
         longest = self.limit - self.min_rows + 1
         keys = range(len(prompts)) if ids is None else ids
@@ -214,6 +219,29 @@ class Run:
             rows = list(range(count))
             self._update(b, Verified(b, part[first:], rows, rows, following[first:]), outputs)
         return pieces
+
+    def propose(self, drafts: Mapping[int, Draft], budget: int, depth: int, *, paused: bool = False) -> None:
+        """Every drafter adds its guesses to the one tree of each sequence. Timed."""
+        begin, first = perf_counter(), False
+        for b, draft in drafts.items():
+            text = self.texts[b]
+            context = Context(b, text.tokens, budget, min(depth, text.left - 1), paused, text.longest)
+            context.draw, context.sampled = self._draw(text), self.sampler.sampling.temperature > 0.0
+            context.cache = self.cache
+            first = first or len(text.tokens) == text.prompt + 1
+            for drafter in self.drafters if context.budget and context.depth else ():
+                drafter.propose(context, draft)
+        seconds = perf_counter() - begin
+        self.stats.draft_seconds += seconds
+        self.draft_ms = 0.0 if first else seconds * 1e3
+
+    def _draw(self, text: Text) -> Draw:
+        """How plain decoding would choose behind guesses, from somebody else's logits."""
+        sampler, place = self.sampler, len(text.tokens)
+        if not sampler.needs_logits:
+            return likeliest
+        seen = set(text.tokens) if sampler.tracks_text else set[int]()
+        return lambda logits, path: sampler.choose(logits, text.id, place + len(path), seen.union(path) if seen else ())
 
     def pack(self, drafts: Mapping[int, Draft]) -> Step:
         """The step of a pass; a sequence without a draft has its last token as the only row."""

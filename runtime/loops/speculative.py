@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Sequence
 from planc.runtime.acceptance import walk
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import Context, Drafter
+from planc.runtime.drafters import Drafter
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.loops.run import CHUNK, Piece, Run, Stats, Stop
 from planc.runtime.trees import Draft
@@ -46,10 +46,8 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
     yield from run.prefill()
     while live := run.live:
         drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
-        for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
-            context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
-            for drafter in run.drafters if context.budget and context.depth else ():
-                drafter.propose(context, draft)
+        # 1. draft: every drafter adds its guesses to the one tree of the sequence
+        run.propose(drafts, controller.budget, controller.tree.depth, paused=controller.paused)
         # 2. choose how much of it this pass is worth; nothing at all is always a choice
         past = [int(run.cache.lengths[b]) for b in live]
         chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
@@ -63,4 +61,5 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
             run.teach(b, tree, path, outputs)
             committed += len(pieces[0].tokens)
             yield from pieces
-        controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)
+        tokens = committed / len(live)
+        controller.observe(run.rows, max(past), run.batch, tokens, run.pass_ms, min_rows=run.min_rows, draft_ms=run.draft_ms)

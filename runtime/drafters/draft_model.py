@@ -1,0 +1,153 @@
+"""Draft with a second, cheaper model: speculative decoding in its first form (papers/A0 sections 1, 6, 8 and 12).
+
+A chain of guesses, one pass of the draft model each. When sampling it draws with the target's noise, so that models that agree on the
+distribution agree on the token. Drafting stops where one more guess costs more than the target time that it can be expected to save.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from time import perf_counter
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Protocol, Self
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from planc.runtime.drafters.base import Context, DrafterPart, Host, Loaded, Verified
+from planc.runtime.drafters.model_source import ModelSource
+from planc.runtime.engine import Floats
+from planc.runtime.errors import PlanError
+from planc.runtime.registry import item_of
+from planc.runtime.trees import Draft
+
+if TYPE_CHECKING:
+    from planc.runtime.registry import PlanPart as PassItem
+else:
+    PassItem = item_of("pass")
+
+FOLDER = "draft"  #: where the artifact of a target keeps that of its draft model
+
+_FLOOR = 0.05  # `min_p: auto` where nothing was measured
+_NEAR = 8  # the price of one more row is read from the target's cost table between its smallest pass and this many rows
+_CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # acceptance is learned per step of the draft's own probability
+
+Floor = Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class DraftModel(DrafterPart):
+    """Guesses with a second, cheaper model, which the artifact carries along."""
+
+    conflicts: ClassVar[tuple[str, ...]] = ("draft_model",)
+    artifact: str | None = Field(None, description="a compiled artifact to draft with")
+    plan: str | None = Field(None, description="a plan file that the draft model is compiled by")
+    model: str | None = Field(None, description="with `plan`: name or directory of the draft model; left out: the target itself")
+    passes: tuple[PassItem, ...] = Field((), description="draft with the target itself after these passes on top of the plan's")
+    min_p: Floor = Field("auto", description="stop where the guesses so far are right with less probability; auto: by measured cost")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        ways = [name for name in ("artifact", "plan", "passes") if getattr(self, name)]
+        if len(ways) != 1:
+            found = f"both {' and '.join(ways)}" if ways else "none of them"
+            fix = "draft_model: {artifact: DIR}, {plan: FILE, model: NAME} or {passes: [skip_layers: {layers: [3]}]}"
+            raise PlanError("plan-bad-value", f"draft_model takes one of artifact, plan and passes; the plan gives {found}", fix=fix)
+        if self.model is not None and self.plan is None:
+            raise PlanError("plan-bad-value", "draft_model: `model` goes with `plan`", fix="add `plan`, or remove `model`")
+        return self
+
+    def build_for(self, host: Host) -> ModelDrafter:
+        """See `DrafterPart`."""
+        assert self.artifact is not None and self.artifact in host.models, (
+            "loading an artifact opens the draft models that its drafters name"
+        )
+        return ModelDrafter(host, host.models[self.artifact], self.min_p)
+
+
+class Source(Protocol):
+    """A distribution over what follows a text, and what follows guesses below it."""
+
+    def begin(self, tokens: list[int]) -> Floats:
+        """Logits [V] after the text."""
+
+    def expand(self, draft: Draft, rows: list[int]) -> Floats:
+        """Logits [n, V] after rows of a draft behind that text."""
+
+
+class ModelDrafter:
+    """Runtime object of `DraftModel`: a `ModelSource` per row of the batch."""
+
+    prompt_rows = 0
+    top_k = 0
+
+    def __init__(self, host: Host, model: Loaded, min_p: Floor = "auto") -> None:
+        self._model = model
+        self._sources: dict[int, ModelSource] = {}
+        self._stop = StopRule(host, min_p, model.pass_ms)
+        self._eos = frozenset(host.eos_ids)
+
+    def start(self, sequence: int) -> None:
+        """Nothing: the source sees by itself what it holds of the new text."""
+
+    def propose(self, context: Context, draft: Draft) -> None:
+        """A chain from the root; where other drafters guessed the same, their guesses gain a second reason."""
+        source = self._sources.setdefault(context.sequence, ModelSource(self._model))
+        source.longest = max(source.longest, context.longest)
+        most = min(context.budget, context.depth, source.room(context.tokens))
+        if most > 0 and not context.paused:
+            chain(source, context, draft, most, self._stop, self._eos, "draft_model")
+
+    def update(self, verified: Verified) -> None:
+        """Nothing: what was committed is read from the text."""
+
+
+def chain(source: Source, context: Context, draft: Draft, most: int, stop: StopRule, eos: frozenset[int], key: str) -> None:
+    """Add the path that the source itself would take, as far as it is worth its passes."""
+    floor = stop.floor(len(context.tokens))
+    if floor >= 1.0:  # a pass of the draft model costs what a pass of the target costs
+        return
+    logits = source.begin(context.tokens)
+    row, reach, path = 0, 1.0, list[int]()
+    while True:
+        token = context.draw(logits, path)
+        q = probability(logits, token)
+        row = draft.add(row, token, (key, bisect_right(_CONFIDENCE, q), int(context.sampled)), q)
+        path.append(token)
+        reach *= draft.p[row]  # the draft's own probability of the path, corrected by what was seen of its kind
+        if len(path) == most or reach < floor or token in eos:
+            return
+        begin = perf_counter()
+        logits = source.expand(draft, [row])[0]
+        stop.observe((perf_counter() - begin) * 1e3)
+
+
+def probability(logits: Floats, token: int) -> float:
+    """Softmax of the raw logits [V] at one token."""
+    highest = logits.max()
+    return float(np.exp(logits[token] - highest) / np.exp(logits - highest).sum())
+
+
+class StopRule:
+    """When one more guess is not worth its cost (papers/A0 section 12).
+
+    A guess that is accepted with probability P saves P passes of the target, and costs a pass of the draft model and one more row in the
+    target's pass. It is not worth making where P is below the ratio of the two.
+    """
+
+    def __init__(self, host: Host, min_p: Floor, ms: float | None) -> None:
+        """`ms`: what a one-row pass of the draft model took when it was measured."""
+        self._fixed = None if min_p == "auto" else min_p
+        self._cost, self._rows, self.ms = host.cost, host.min_rows, ms
+
+    def floor(self, past: int) -> float:
+        """The probability below which drafting stops."""
+        if self._fixed is not None:
+            return self._fixed
+        if self._cost is None or self.ms is None:
+            return _FLOOR
+        plain = self._cost.ms(self._rows, past, 1)
+        row = (self._cost.ms(self._rows + _NEAR, past, 1) - plain) / _NEAR
+        return (self.ms + row) / plain
+
+    def observe(self, ms: float) -> None:
+        """A pass of the draft model took `ms` milliseconds; the estimate follows slowly, and a disturbed pass counts as twice the usual."""
+        self.ms = ms if self.ms is None else self.ms + 0.1 * (min(ms, 2 * self.ms) - self.ms)
