@@ -28,6 +28,7 @@ else:
 FOLDER = "draft"  #: where the artifact of a target keeps that of its draft model
 
 _FLOOR = 0.05  # `min_p: auto` where nothing was measured
+_REST, _LONGEST_REST = 16, 1024  # rounds without drafts after drafting was seen not to pay
 _NEAR = 8  # the price of one more row is read from the target's cost table between its smallest pass and this many rows
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # acceptance is learned per step of the draft's own probability
 
@@ -82,29 +83,28 @@ class ModelDrafter:
     def __init__(self, host: Host, model: Loaded, min_p: Floor = "auto") -> None:
         self._model = model
         self._sources: dict[int, ModelSource] = {}
-        self._stop = StopRule(host, min_p, model.pass_ms)
+        self._economy = Economy(host, min_p, model.pass_ms)
         self._eos = frozenset(host.eos_ids)
 
     def start(self, sequence: int) -> None:
-        """Nothing: the source sees by itself what it holds of the new text."""
+        """The source sees by itself what it holds of the new text; only the guesses of the old one are forgotten."""
+        self._economy.forget(sequence)
 
     def propose(self, context: Context, draft: Draft) -> None:
         """A chain from the root; where other drafters guessed the same, their guesses gain a second reason."""
         source = self._sources.setdefault(context.sequence, ModelSource(self._model))
         source.longest = max(source.longest, context.longest)
         most = min(context.budget, context.depth, source.room(context.tokens))
-        if most > 0 and not context.paused:
-            chain(source, context, draft, most, self._stop, self._eos, "draft_model")
+        if most > 0 and not context.paused and self._economy.worth(context):
+            chain(source, context, draft, most, self._economy, self._eos, "draft_model")
 
     def update(self, verified: Verified) -> None:
         """Nothing: what was committed is read from the text."""
 
 
-def chain(source: Source, context: Context, draft: Draft, most: int, stop: StopRule, eos: frozenset[int], key: str) -> None:
+def chain(source: Source, context: Context, draft: Draft, most: int, economy: Economy, eos: frozenset[int], key: str) -> None:
     """Add the path that the source itself would take, as far as it is worth its passes."""
-    floor = stop.floor(len(context.tokens))
-    if floor >= 1.0:  # a pass of the draft model costs what a pass of the target costs
-        return
+    floor = economy.floor(len(context.tokens))
     logits = source.begin(context.tokens)
     row, reach, path = 0, 1.0, list[int]()
     while True:
@@ -114,10 +114,11 @@ def chain(source: Source, context: Context, draft: Draft, most: int, stop: StopR
         path.append(token)
         reach *= draft.p[row]  # the draft's own probability of the path, corrected by what was seen of its kind
         if len(path) == most or reach < floor or token in eos:
-            return
+            break
         begin = perf_counter()
         logits = source.expand(draft, [row])[0]
-        stop.observe((perf_counter() - begin) * 1e3)
+        economy.observe((perf_counter() - begin) * 1e3)
+    economy.spent(context, path)
 
 
 def probability(logits: Floats, token: int) -> float:
@@ -126,28 +127,68 @@ def probability(logits: Floats, token: int) -> float:
     return float(np.exp(logits[token] - highest) / np.exp(logits - highest).sum())
 
 
-class StopRule:
-    """When one more guess is not worth its cost (papers/A0 section 12).
+class Economy:
+    """When guesses that cost passes are worth it (papers/A0 section 12).
 
     A guess that is accepted with probability P saves P passes of the target, and costs a pass of the draft model and one more row in the
-    target's pass. It is not worth making where P is below the ratio of the two.
+    target's pass. One more is not worth making where P is below the ratio of the two (`floor`). Drafting as a whole rests, longer every
+    time, while the passes that were really saved were worth less than what the guesses cost (`worth`).
     """
 
     def __init__(self, host: Host, min_p: Floor, ms: float | None) -> None:
         """`ms`: what a one-row pass of the draft model took when it was measured."""
         self._fixed = None if min_p == "auto" else min_p
         self._cost, self._rows, self.ms = host.cost, host.min_rows, ms
+        self._guesses: dict[int, tuple[int, list[int]]] = {}  # sequence -> length of the text, and the guesses behind it
+        self._balance: float | None = None  # milliseconds saved per round, running mean
+        self._rest, self._next_rest = 0, _REST
 
     def floor(self, past: int) -> float:
         """The probability below which drafting stops."""
         if self._fixed is not None:
             return self._fixed
-        if self._cost is None or self.ms is None:
-            return _FLOOR
-        plain = self._cost.ms(self._rows, past, 1)
-        row = (self._cost.ms(self._rows + _NEAR, past, 1) - plain) / _NEAR
-        return (self.ms + row) / plain
+        prices = self._prices(past)
+        return _FLOOR if prices is None else (prices[1] + prices[2]) / prices[0]
+
+    def worth(self, context: Context) -> bool:
+        """Shall this round be drafted for at all?"""
+        prices = None if self._fixed is not None else self._prices(len(context.tokens))
+        if prices is None:
+            return True
+        self._settle(context, *prices)
+        if self._balance is not None and self._balance < 0.0:
+            self._rest -= 1
+            if self._rest >= 0:
+                return False
+            self._rest, self._next_rest = self._next_rest, min(2 * self._next_rest, _LONGEST_REST)
+        return prices[1] + prices[2] < prices[0]  # else not even a draft that is always right would pay
+
+    def spent(self, context: Context, guesses: list[int]) -> None:
+        """What this round guessed; the next round shows what it was worth."""
+        self._guesses[context.sequence] = len(context.tokens), guesses
+
+    def forget(self, sequence: int) -> None:
+        """A new text begins."""
+        self._guesses.pop(sequence, None)
 
     def observe(self, ms: float) -> None:
         """A pass of the draft model took `ms` milliseconds; the estimate follows slowly, and a disturbed pass counts as twice the usual."""
         self.ms = ms if self.ms is None else self.ms + 0.1 * (min(ms, 2 * self.ms) - self.ms)
+
+    def _prices(self, past: int) -> tuple[float, float, float] | None:
+        """Milliseconds of a plain pass of the target, of a pass of the draft model, and of one more row in the target's pass."""
+        if self._cost is None or self.ms is None:
+            return None
+        plain = self._cost.ms(self._rows, past, 1)
+        return plain, self.ms, (self._cost.ms(self._rows + _NEAR, past, 1) - plain) / _NEAR
+
+    def _settle(self, context: Context, plain: float, draft: float, row: float) -> None:
+        length, guesses = self._guesses.pop(context.sequence, (0, []))
+        if not guesses:
+            return
+        followed = context.tokens[length : length + len(guesses)]
+        right = next((i for i, (a, b) in enumerate(zip(guesses, followed, strict=False)) if a != b), min(len(guesses), len(followed)))
+        before = plain if self._balance is None else self._balance
+        self._balance = before + 0.2 * (right * plain - len(guesses) * (draft + row) - before)
+        if self._balance >= 0.0:
+            self._rest, self._next_rest = 0, _REST
