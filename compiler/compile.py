@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.reference import ReferenceEngine
-from planc.compiler.drafts import attach_drafts, draft_of
+from planc.compiler.drafts import attach_drafts, places_of
 from planc.compiler.models import LoadedModel, load_model
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
@@ -86,8 +87,8 @@ def compile(  # noqa: A001 - the public name
             plan=plan.where("target", "backend"),
             fix="use `backend: onnx` or `backend: reference`",
         )
-    if plan.target.backend == "reference" and draft_of(plan) is not None:
-        message = "a draft model lies in the artifact, and the reference backend writes none"
+    if plan.target.backend == "reference" and places_of(plan):
+        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
         raise PlanError("plan-conflict", message, plan=plan.where("target", "backend"), fix="use `backend: onnx`")
     with stages(progress) as note:
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
@@ -96,7 +97,7 @@ def compile(  # noqa: A001 - the public name
             return _reference(planned, finish)
         directory = Path(out) if out is not None else _temporary()
         note("lowering to ONNX")
-        write_onnx(planned, directory, capacity_of(planned), finish, lambda folder: attach_drafts(planned, folder, measure, note))
+        write_onnx(planned, directory, capacity_of(planned), finish, partial(attach_drafts, planned, measure, note))
     from planc._load import load
 
     return load(directory, verify=False)

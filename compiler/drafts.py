@@ -1,4 +1,4 @@
-"""Draft models of a plan: each becomes an artifact in a folder of the target's artifact, which so stays complete in itself."""
+"""What drafters need in the artifact: a draft model in a folder of its own, the sublayers that a target leaves out. Nothing lies outside."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planc.backends.onnx.artifact import write_onnx
+from planc.backends.onnx.engine import OnnxEngine
 from planc.compiler.plan import Plan
+from planc.compiler.skip_fit import fit_skip
 from planc.passes.kv_cache import KvCache
 from planc.runtime import profile
 from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.contract import Contract, hardware
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import DraftModel
+from planc.runtime.drafters import DraftModel, SelfSkip
 from planc.runtime.drafters.draft_model import FOLDER
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
@@ -25,31 +27,45 @@ if TYPE_CHECKING:
     from planc.compiler.compile import Planned
 
 
-def draft_of(plan: Plan) -> tuple[int, DraftModel] | None:
-    """The plan's draft model and its place among the drafters."""
+def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip]:
+    """The plan's drafters that need something in the artifact, by their place in the list."""
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
-    return next(((i, part) for i, part in enumerate(drafters) if isinstance(part, DraftModel)), None)
+    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip)}
 
 
-def attach_drafts(planned: Planned, directory: Path, measure: bool, note: Callable[[str], None]) -> Decode:
-    """Write the plan's draft model into `directory`, and the decode section that finds it there."""
-    found = draft_of(planned.plan)
-    if found is None:
-        return planned.plan.decode
-    index, part = found
-    place = planned.plan.where("decode", "speculative", "drafter", index)
-    target = directory / FOLDER
+def attach_drafts(
+    planned: Planned, measure: bool, note: Callable[[str], None], directory: Path, manifest: Manifest, engine: OnnxEngine
+) -> Manifest:
+    """Write what the plan's drafters need into `directory`; the manifest whose decode section finds it there."""
+    parts, extra = places_of(planned.plan), dict(manifest.extra)
+    if not parts:
+        return manifest
+    decode = Decode.model_validate(manifest.decode)
+    assert decode.speculative is not None
+    drafters = list(decode.speculative.drafter)
+    for index, part in parts.items():
+        place = planned.plan.where("decode", "speculative", "drafter", index)
+        try:
+            if isinstance(part, DraftModel):
+                _attach_model(planned, part, directory / FOLDER, place, measure, note)
+                drafters[index] = DraftModel(artifact=FOLDER, min_p=part.min_p)
+            else:
+                drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
+                extra |= found
+        except PlanError as error:
+            error.plan = error.plan or place
+            raise
+    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": tuple(drafters)})})
+    return manifest.model_copy(update={"decode": decode.model_dump(mode="json"), "extra": extra})
+
+
+def _attach_model(planned: Planned, part: DraftModel, target: Path, place: str | None, measure: bool, note: Callable[[str], None]) -> None:
     note("the draft model")
     if part.artifact is not None:
         _copy(_beside(planned.plan, part.artifact), target)
     else:
         _compile(planned, part, place, target, measure, note)
-    _check(planned, read_artifact(target, verify=False), target, place)
-    speculative = planned.plan.decode.speculative
-    assert speculative is not None
-    drafters = list(speculative.drafter)
-    drafters[index] = DraftModel(artifact=FOLDER, min_p=part.min_p)
-    return planned.plan.decode.model_copy(update={"speculative": speculative.model_copy(update={"drafter": tuple(drafters)})})
+    _check(planned, read_artifact(target, verify=False), target)
 
 
 def _beside(plan: Plan, path: str) -> Path:
@@ -79,7 +95,7 @@ def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path
         return Contract(cost=cost, effects=draft.effects, hardware=hardware())
 
     capacity = min(capacity_of(planned), draft.program.info.max_length)
-    write_onnx(draft, target, capacity, finish, lambda directory: plan.decode)
+    write_onnx(draft, target, capacity, finish)
 
 
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
@@ -105,12 +121,8 @@ def _model_of(planned: Planned, part: DraftModel) -> Any:
     return path if path.exists() else part.model
 
 
-def _check(planned: Planned, draft: Manifest, folder: Path, place: str | None) -> None:
-    """Refuse a draft model of another vocabulary while the line of the plan is known."""
+def _check(planned: Planned, draft: Manifest, folder: Path) -> None:
+    """Refuse a draft model of another vocabulary before the artifact is finished."""
     from planc.compiler.compile import text_of
 
-    try:
-        vocabulary(text_of(planned.model), Text.load(folder), planned.program.info.vocab_size, draft.signature.vocab_size)
-    except PlanError as error:
-        error.plan = error.plan or place
-        raise
+    vocabulary(text_of(planned.model), Text.load(folder), planned.program.info.vocab_size, draft.signature.vocab_size)

@@ -23,12 +23,15 @@ _SLOTS = 256  # caches are made in multiples of this
 class ModelSource:
     """`begin` with a text, then `expand` rows of the tree of guesses behind it."""
 
-    def __init__(self, model: Loaded, longest: int = 0) -> None:
-        """`longest`: most tokens that the text may come to, so that the cache is made once; 0 when that is not known."""
+    def __init__(self, model: Loaded, longest: int = 0, *, cache: Cache | None = None, held: Sequence[int] = ()) -> None:
+        """`longest`: most tokens that the text may come to, so that the cache is made once; 0 when that is not known.
+
+        A `cache` that is given already has the ids `held`.
+        """
         self.model, self.longest = model, longest
-        self.held: list[int] = []  # draft-model ids in the cache
+        self.held = list(held)  # draft-model ids in the cache
         self._text: list[int] = []  # draft-model ids of the text of the last `begin`
-        self._cache: Cache | None = None
+        self._cache = cache
 
     def room(self, tokens: Sequence[int]) -> int:
         """Guesses that fit behind a text; less than 0 when the text itself does not."""

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from models_tiny import VOCAB, make, model
+from models_tiny import VOCAB, layers_of, make, model
 from test_edge import RUNNER  # what runs an artifact where torch cannot be imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
@@ -178,3 +179,59 @@ def test_the_cache_of_artifacts_sees_another_draft(tmp_path: Path) -> None:
     assert store.key(tmp_path / "plan.yaml", "smollm2-135m") == first
     (tmp_path / "small.yaml").write_text("planc: 1\npasses: [smooth]\n")
     assert store.key(tmp_path / "plan.yaml", "smollm2-135m") != first
+
+
+# ---- the target itself with sublayers left out ----
+
+
+def skipping_plan(**options: Any) -> dict[str, Any]:
+    return {"decode": {"speculative": {"drafter": [{"self_skip": {"min_p": 0.0, **options}}], "tree": {"budget": 3}}}}
+
+
+def test_self_skip_is_searched_and_stored(tmp_path: Path) -> None:
+    module = make("llama", num_hidden_layers=4)
+    with torch.no_grad():  # two layers that hardly do anything
+        for layer in layers_of(module)[1:3]:
+            layer.self_attn.o_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+            layer.mlp.down_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+    exe = planc.compile(module, skipping_plan(steps=40), out=tmp_path / "made")
+    manifest = read_artifact(tmp_path / "made")
+    assert {"skip.onnx", "model.onnx", "model.weights"} <= set(manifest.files)
+    assert manifest.files["skip.onnx"].bytes < 2 * manifest.files["model.onnx"].bytes
+    found = manifest.extra["self_skip"]
+    assert found["match"] > 0.9 and found["tried"] == 40
+    [item] = manifest.decode["speculative"]["drafter"]
+    assert set(item["self_skip"]["attention"]) | set(item["self_skip"]["mlp"]) == {1, 2}
+    answer, plain = (e.generate(PROMPT, max_new_tokens=40) for e in (exe, exe.plain()))
+    assert answer.ids == plain.ids  # type: ignore[union-attr]
+    assert answer.stats.tokens_per_pass > 2  # type: ignore[union-attr]
+    copy = exe.save(tmp_path / "copy")
+    command = [sys.executable, "-c", RUNNER, str(copy), json.dumps(PROMPT)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["ids"] == answer.ids[:24] == result["plain"]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_neox"])
+@pytest.mark.parametrize("target", [{}, {"ops": "standard"}])
+def test_self_skip_with_a_set_of_the_plan(family: str, target: dict[str, Any], tmp_path: Path) -> None:
+    plan = {**skipping_plan(attention=[1], mlp=[0]), "target": target, "exactness": "tokens"}
+    exe = planc.compile(model(family), plan, out=tmp_path / "made", measure=False)
+    assert exe.report()["decode"]["speculative"]["drafter"] == [{"self_skip": {"attention": [1], "mlp": [0], "min_p": 0.0}}]
+    prompts = [PROMPT, [3], PROMPT[:4]]
+    for options in ({}, {"temperature": 0.9, "seed": 3}):
+        answers, plain = (e.generate(prompts, max_new_tokens=20, **options) for e in (exe, exe.plain()))
+        assert [a.ids for a in answers] == [p.ids for p in plain]  # type: ignore[union-attr]
+        assert answers[0].stats.drafted_by["self_skip"] > 0  # type: ignore[index]
+
+
+def test_self_skip_refusals(tmp_path: Path) -> None:
+    for plan, code in (
+        (skipping_plan(attention=[7]), "skip-out-of-range"),
+        ({**skipping_plan(), "target": {"backend": "reference"}}, "plan-conflict"),
+    ):
+        with pytest.raises(PlancError) as caught:
+            planc.compile(model("llama"), plan, out=tmp_path / "refused", measure=False)
+        assert caught.value.code == code
+        assert not (tmp_path / "refused").exists()
