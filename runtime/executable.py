@@ -256,6 +256,7 @@ class Executable:
                 "plan": self.manifest.plan,
                 "backend": self.manifest.backend,
                 "target": self.manifest.target,
+                "self_skip": self.manifest.extra.get("self_skip"),  # what the search found: sublayers left out, match rate, speed
             }
             report |= {"files": files, "bytes": sum(files.values())}
         with self._lock:

@@ -2,7 +2,8 @@
 
 The layers that stay read the target's own keys and values of the committed text. What they write for guesses lies behind the committed
 length, where verification overwrites it: there is no second cache, and nothing to catch up with. Unlike the paper, which searches the set of
-sublayers while it serves, the set is searched when the plan is compiled (`SkipSearch`); a plan may also name it.
+sublayers while it serves, the set is searched when the plan is compiled (`SkipSearch`), by speed and not by match rate at a fixed size; a plan
+may also name it. Side candidates, which the paper verifies around the chain, are left to other drafters.
 """
 
 from __future__ import annotations
@@ -58,8 +59,10 @@ class SelfSkip(DrafterPart):
     most: float = Field(0.6, gt=0.0, lt=1.0, description="largest share of the sublayers that the search leaves out")
     min_p: Floor = Field("auto", description="stop where the guesses so far are right with less probability; auto: by measured cost")
 
-    def build_for(self, host: Host) -> SkipDrafter:
+    def build_for(self, host: Host) -> SkipDrafter | Idle:
         """See `DrafterPart`."""
+        if not self.attention and not self.mlp:
+            return Idle()
         assert isinstance(host.engine, Skippable), "compile refuses this drafter for other engines"
         skip = host.engine.skipping()
         return SkipDrafter(host, skip, gates_of(skip.units, self.attention, self.mlp), self.min_p)
@@ -111,6 +114,22 @@ class SkipDrafter:
 
     def update(self, verified: Verified) -> None:
         """Nothing is learned but the rates of the tree."""
+
+
+class Idle:
+    """What stands in when the search found no set that pays: it guesses nothing, and the second graph is never opened."""
+
+    prompt_rows = 0
+    top_k = 0
+
+    def start(self, sequence: int) -> None:
+        """Nothing."""
+
+    def propose(self, context: Context, draft: Draft) -> None:
+        """Nothing."""
+
+    def update(self, verified: Verified) -> None:
+        """Nothing."""
 
 
 class _View:

@@ -200,6 +200,7 @@ def test_self_skip_is_searched_and_stored(tmp_path: Path) -> None:
     assert manifest.files["skip.onnx"].bytes < 2 * manifest.files["model.onnx"].bytes
     found = manifest.extra["self_skip"]
     assert found["match"] > 0.9 and found["tried"] == 40
+    assert exe.report()["self_skip"] == found
     [item] = manifest.decode["speculative"]["drafter"]
     assert set(item["self_skip"]["attention"]) | set(item["self_skip"]["mlp"]) == {1, 2}
     answer, plain = (e.generate(PROMPT, max_new_tokens=40) for e in (exe, exe.plain()))

@@ -79,6 +79,12 @@ def test_a_nearly_full_cache_ends_drafting_and_nothing_else() -> None:
     assert generate(target, [PROMPTS[0]], None, [drafter(target, target)], Tree(budget=8), capacity=20) == (plain, finish)
 
 
+def test_where_nothing_pays_nothing_is_drafted() -> None:
+    stats, idle = Stats(), SelfSkip().build_for(Host(ToyEngine(V)))
+    assert generate(ToyEngine(V), [PROMPTS[0]], None, [idle], stats=stats) == generate(ToyEngine(V), [PROMPTS[0]])
+    assert not stats.drafted_by
+
+
 def test_gates_of_lists() -> None:
     assert gates_of(UNITS, (), ()).all()
     assert np.flatnonzero(~gates_of(UNITS, (1, 3), (0,))).tolist() == [1, 2, 6]
