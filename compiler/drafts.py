@@ -20,7 +20,7 @@ from planc.runtime.drafters import DraftModel, SelfSkip
 from planc.runtime.drafters.draft_model import FOLDER
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
-from planc.runtime.errors import PlanError
+from planc.runtime.errors import CompileError, PlanError
 from planc.runtime.text import Text
 
 if TYPE_CHECKING:
@@ -94,8 +94,11 @@ def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path
         cost = profile.measure_cost(engine, capacity=min(capacity, 1024), seconds=3.0, logits=True) if measure else None
         return Contract(cost=cost, effects=draft.effects, hardware=hardware())
 
-    capacity = min(capacity_of(planned), draft.program.info.max_length)
-    write_onnx(draft, target, capacity, finish)
+    added = {extra.key for extra in part.passes}
+    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
+        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
+        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
+    write_onnx(draft, target, min(capacity_of(planned), capacity_of(draft)), finish)
 
 
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:

@@ -45,7 +45,7 @@ class ModelSource:
         return np.asarray(self._translated(self._follow(self._text))[0])
 
     def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
-        """Logits [n, V] after rows of a draft, each on its own path behind the text of the last `begin`.
+        """Logits [n, V] after n >= 1 rows of a draft, each on its own path behind the text of the last `begin`.
 
         One pass where it is one row or the engine takes trees, else a pass for each row. What all paths share joins the cache.
         """

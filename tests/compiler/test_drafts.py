@@ -168,6 +168,7 @@ def test_refusals(tmp_path: Path) -> None:
     assert refused(llama, SKIPPING, tmp_path, target={"backend": "reference"}).code == "plan-conflict"
     assert refused(llama, {"plan": str(tmp_path / "none.yaml")}, tmp_path).code == "plan-not-found"
     assert refused(llama, {"passes": [{"skip_layers": {"layers": [9]}}]}, tmp_path).code == "skip-out-of-range"
+    assert refused(llama, {"passes": [{"quantize_weights": {}}]}, tmp_path, passes=["quantize_weights"]).code == "pass-no-match"
     planc.compile(make("llama", vocab_size=64), out=tmp_path / "small", measure=False)
     assert refused(llama, {"artifact": str(tmp_path / "small")}, tmp_path).code == "draft-mismatch"
 
