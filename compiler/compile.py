@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.reference import ReferenceEngine
+from planc.compiler.drafts import attach_drafts, places_of
 from planc.compiler.models import LoadedModel, load_model
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
@@ -85,6 +87,9 @@ def compile(  # noqa: A001 - the public name
             plan=plan.where("target", "backend"),
             fix="use `backend: onnx` or `backend: reference`",
         )
+    if plan.target.backend == "reference" and places_of(plan):
+        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
+        raise PlanError("plan-conflict", message, plan=plan.where("target", "backend"), fix="use `backend: onnx`")
     with stages(progress) as note:
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
         finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)
@@ -92,14 +97,14 @@ def compile(  # noqa: A001 - the public name
             return _reference(planned, finish)
         directory = Path(out) if out is not None else _temporary()
         note("lowering to ONNX")
-        write_onnx(planned, directory, _capacity(planned), finish)
+        write_onnx(planned, directory, capacity_of(planned), finish, partial(attach_drafts, planned, measure, note))
     from planc._load import load
 
     return load(directory, verify=False)
 
 
 def rewrite(
-    model: str | Path | nn.Module,
+    model: str | Path | nn.Module | LoadedModel,
     plan: Plan | str | Path | dict[str, Any] | None = None,
     *,
     tokenizer: str | Path | Any | None = None,
@@ -112,7 +117,7 @@ def rewrite(
     chosen = _plan(plan)
     passes = demanded(chosen, disable)
     note("loading the model")
-    loaded = load_model(model, tokenizer=tokenizer)
+    loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)
     note("tracing")
     info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
     program = raise_program(trace(loaded.module, info))
@@ -176,11 +181,11 @@ def _plan(plan: Plan | str | Path | dict[str, Any] | None) -> Plan:
 def text_ids(model: LoadedModel) -> tuple[int, ...]:
     """Token ids of the calibration text; evenly spread ids where the model has no tokenizer."""
     if "tokenizer.json" in model.tokenizer_files:
-        return tuple(_text(model).encode(_CALIBRATION.read_text(encoding="utf-8")))
+        return tuple(text_of(model).encode(_CALIBRATION.read_text(encoding="utf-8")))
     return tuple(int(i) for i in torch.randint(0, model.vocab_size, (768,), generator=torch.Generator().manual_seed(0)))
 
 
-def _text(model: LoadedModel) -> Text:
+def text_of(model: LoadedModel) -> Text:
     """The model's text side; its files lie in one directory."""
     files = model.tokenizer_files
     return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
@@ -193,7 +198,7 @@ def calibration_blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> 
     return torch.tensor(ids[: count * length]).reshape(count, length)
 
 
-def _capacity(planned: Planned) -> int:
+def capacity_of(planned: Planned) -> int:
     cache = next((p for p in planned.plan.passes if isinstance(p, KvCache)), None)
     wanted = planned.plan.target.capacity or (cache.capacity if cache else None) or DEFAULT_CAPACITY
     return min(wanted, planned.program.info.max_length)
@@ -205,7 +210,7 @@ def _unmeasured(planned: Planned) -> Contract:
 
 def _reference(planned: Planned, finish: Callable[[Any, Any], Contract]) -> Executable:
     engine = ReferenceEngine(planned.program)
-    return Executable(engine, _text(planned.model), planned.plan.decode, finish(engine, _capacity(planned)))
+    return Executable(engine, text_of(planned.model), planned.plan.decode, finish(engine, capacity_of(planned)))
 
 
 def _temporary() -> Path:

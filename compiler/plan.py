@@ -93,6 +93,11 @@ class Plan(BaseModel):
         _load_parts()
         return {**json_schema(cls), "title": "planc plan"}
 
+    @property
+    def folder(self) -> Path:
+        """What paths in the plan count from: the folder of its file; the working directory when it was not read from one."""
+        return Path(self._source.name).parent
+
     def where(self, *path: str | int) -> str | None:
         """`file:line   text` of a part, such as `where("passes", 0)`; None when the plan was not read from YAML."""
         return self._source.where(path)

@@ -100,10 +100,22 @@ def key(plan: Path, model: str) -> str:
     parts = [
         json.dumps(data, sort_keys=True, default=str),
         _model_identity(model),
+        *_draft_identities(data, plan.parent),
         *(f"{name}={version_of(name)}" for name in LIBRARIES),
         _sources(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _draft_identities(plan: Any, folder: Path) -> list[str]:
+    """What the files are that a plan's draft model is made from."""
+    try:
+        drafters = plan["decode"]["speculative"]["drafter"]
+        items = [item["draft_model"] for item in (drafters if isinstance(drafters, list) else [drafters]) if "draft_model" in item]
+        named = [str(item[name]) for item in items for name in ("artifact", "plan", "model") if item.get(name)]
+    except (LookupError, TypeError, AttributeError):  # a plan without drafters, or not valid: the plan parser will say why
+        return []
+    return [_model_identity(str(folder / name) if (folder / name).exists() else name) for name in named]
 
 
 def _model_identity(model: str) -> str:

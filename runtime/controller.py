@@ -80,6 +80,11 @@ class Controller:
         """Whether siblings are taken, `trees` saying whether they keep the promised exactness."""
         return self.tree.shape == "tree" or (self.tree.shape == "auto" and trees)
 
+    @property
+    def paused(self) -> bool:
+        """Speculation was seen not to pay: only guesses that cost nothing are taken for a while."""
+        return self._pause > 0 and self.tree.budget == "auto"
+
     def select(
         self,
         drafts: Sequence[Draft],
@@ -145,9 +150,10 @@ class Controller:
         for row in range(1, len(verified)):
             self.rates.observe((("row", row),), row in accepted)
 
-    def observe(self, rows: int, past: int, batch: int, tokens: float, ms: float, *, min_rows: int = 1) -> None:
+    def observe(self, rows: int, past: int, batch: int, tokens: float, ms: float, *, min_rows: int = 1, draft_ms: float = 0.0) -> None:
         """Account for a pass of `rows` rows that committed `tokens` tokens per unfinished sequence and took `ms` milliseconds.
 
+        `draft_ms` is what drafting for it took; plain decoding does not pay that.
         After every window of rounds the realised rate is held against plain decoding, whose cost is the table's, corrected by the plain
         passes seen. A rate below it means that costs or estimates are wrong: speculation pauses, longer every time.
         """
@@ -166,7 +172,7 @@ class Controller:
         if False not in self._scale:  # no plain pass to compare with yet
             return
         self._rounds += 1
-        self._spent += ms
+        self._spent += ms + draft_ms
         self._plain += plain_ms * tokens
         if self._rounds < _WINDOW:
             return

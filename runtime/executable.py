@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import Drafter
+from planc.runtime.drafters import Drafter, Host, Loaded
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.loops import Piece, Stats, autoregressive, speculative
@@ -46,6 +46,7 @@ class GenerationStats:
     rows: int  # rows of those passes
     tokens_per_pass: float
     host_ms_per_pass: float  # time outside the engine
+    draft_ms_per_pass: float = 0.0  # of it in the drafters, passes of their own included
     accepted: dict[int, int] = field(default_factory=dict)  # accepted guesses in a pass -> passes
     drafted_by: dict[str, int] = field(default_factory=dict)  # drafter -> guesses verified
     accepted_by: dict[str, int] = field(default_factory=dict)
@@ -116,6 +117,7 @@ class Executable:
         decode: the plan's decode section.
         contract: what was measured; decides the minimum of rows, whether trees are safe, and how much is drafted.
         manifest, directory: the artifact that this came from, if any.
+        models: draft models by their folder in the artifact.
     """
 
     def __init__(
@@ -126,8 +128,10 @@ class Executable:
         contract: Contract | None = None,
         manifest: Manifest | None = None,
         directory: Path | None = None,
+        models: Mapping[str, Loaded] | None = None,
     ) -> None:
         self.engine, self.text, self.decode = engine, text, decode
+        self.models = dict(models or {})
         self.contract = contract if contract is not None else manifest.contract if manifest is not None else Contract()
         self.manifest, self.directory = manifest, directory
         self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
@@ -205,7 +209,7 @@ class Executable:
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
         decode = self.decode.model_copy(update={"speculative": None, "min_rows": self.min_rows})
-        return Executable(self.engine, self.text, decode, self.contract, self.manifest, self.directory)
+        return Executable(self.engine, self.text, decode, self.contract, self.manifest, self.directory, self.models)
 
     def save(self, directory: str | Path) -> Path:
         """Copy the artifact to `directory` in one step; an artifact that is already there is replaced."""
@@ -241,6 +245,9 @@ class Executable:
             "exactness": exactness.level if exactness is not None else None,
             "exactness_line": exactness.line() if exactness is not None else "not measured",
             "contract": self.contract.model_dump(mode="json"),
+            "draft_models": {
+                name: {"same_vocabulary": model.vocabulary is None, "pass_ms": model.pass_ms} for name, model in self.models.items()
+            },
         }
         if self.manifest is not None:
             files = {name: entry.bytes for name, entry in self.manifest.files.items()}
@@ -249,6 +256,7 @@ class Executable:
                 "plan": self.manifest.plan,
                 "backend": self.manifest.backend,
                 "target": self.manifest.target,
+                "self_skip": self.manifest.extra.get("self_skip"),  # what the search found: sublayers left out, match rate, speed
             }
             report |= {"files": files, "bytes": sum(files.values())}
         with self._lock:
@@ -360,7 +368,8 @@ class Executable:
         part = self.decode.speculative
         if part is None:
             return _Lane([], Controller())
-        drafters = [drafter.build(self.engine.spec.vocab_size) for drafter in part.drafter]
+        host = Host(self.engine, tuple(self.eos_ids), self.contract.cost, self.min_rows, self.models)
+        drafters = [drafter.build_for(host) for drafter in part.drafter]
         controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
         return _Lane(drafters, controller)
 
@@ -386,6 +395,7 @@ def _summary(answer: _Answer, stats: Stats) -> GenerationStats:
         rows=stats.rows,
         tokens_per_pass=stats.tokens_per_pass,
         host_ms_per_pass=stats.host_seconds * 1e3 / max(1, stats.passes),
+        draft_ms_per_pass=stats.draft_seconds * 1e3 / max(1, stats.passes),
         accepted=dict(sorted(stats.accepted.items())),
         drafted_by=dict(stats.drafted_by),
         accepted_by=dict(stats.accepted_by),

@@ -6,26 +6,35 @@ import shutil
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.genai import write_genai
-from planc.backends.onnx.lower import lower
+from planc.backends.onnx.lower import lower, lower_gated
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
 from planc.runtime.contract import Contract
+from planc.runtime.drafters import SelfSkip
 from planc.runtime.engine import Engine
 
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
 
+#: (directory, manifest, engine) -> the manifest of what the directory then holds
+Attach = Callable[[Path, Manifest, OnnxEngine], Manifest]
 
-def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callable[[Engine, int], Contract]) -> None:
-    """Write the artifact at `directory`; `finish` measures the engine that was made from it."""
+
+def write_onnx(
+    planned: Planned, directory: Path, capacity: int, finish: Callable[[Engine, int], Contract], attach: Attach = lambda *made: made[1]
+) -> None:
+    """Write the artifact at `directory`.
+
+    `finish` measures the engine; `attach` then adds what the drafters need to the directory and to the manifest.
+    """
     plan, program = planned.plan, planned.program
 
     def build(target: Path) -> Manifest:
-        lower(program, target, ops=plan.target.ops, positions=capacity)
+        extra = _lower(planned, target, capacity)
         for name, path in planned.model.tokenizer_files.items():
             shutil.copyfile(path, target / name)
         manifest = Manifest(
@@ -40,12 +49,24 @@ def write_onnx(planned: Planned, directory: Path, capacity: int, finish: Callabl
             eos_ids=planned.model.eos_ids,
             extra={
                 "batches": plan.target.ops == "standard" or all(s.split for s in program.states),
+                **extra,
                 **write_genai(planned, target, capacity),
             },
         )
-        return manifest.model_copy(update={"contract": finish(OnnxEngine(target, manifest), capacity)})
+        engine = OnnxEngine(target, manifest)
+        return attach(target, manifest.model_copy(update={"contract": finish(engine, capacity)}), engine)
 
     write_artifact(directory, build)
+
+
+def _lower(planned: Planned, target: Path, capacity: int) -> dict[str, Any]:
+    """Write the graphs; what the manifest has to say of them."""
+    plan, program = planned.plan, planned.program
+    drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
+    if any(isinstance(part, SelfSkip) for part in drafters):
+        return {"units": lower_gated(program, target, ops=plan.target.ops, positions=capacity)}
+    lower(program, target, ops=plan.target.ops, positions=capacity)
+    return {}
 
 
 def signature(program: Program, capacity: int) -> Signature:

@@ -9,13 +9,22 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+from numpy.typing import NDArray
 
 from planc.runtime.artifact import Manifest
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.errors import ArtifactError
 from planc.runtime.rows import key_bias, positions_of
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(int64)": np.int64, "tensor(int32)": np.int32}
+Gates = NDArray[np.bool_]
+
+_TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
 
 
 class OnnxCache:
@@ -27,7 +36,7 @@ class OnnxCache:
         self.state = {name: np.zeros((batch, shape[1], slots, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
-        self.bindings: dict[tuple[int, bool, bool], Any] = {}
+        self.bindings: dict[tuple[str, int, bool, bool], Any] = {}  # by graph file, first sequence, outputs
         self.buffers: dict[tuple[int, str], np.ndarray] = {}
 
     def keep(self, sequence: int, rows: Ints) -> None:
@@ -68,6 +77,7 @@ class OnnxEngine:
             raise ArtifactError(
                 "artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(directory), fix="compile the plan again"
             ) from error
+        self.directory, self.manifest, self.threads, self.file = directory, manifest, threads, file
         self.spec: EngineSpec = manifest.signature.spec()
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
@@ -76,6 +86,7 @@ class OnnxEngine:
         outputs = {o.name: o for o in self.session.get_outputs()}
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
+        self._skipping: OnnxSkipEngine | None = None
 
     def new_cache(self, batch: int, capacity: int) -> OnnxCache:
         """See the engine contract."""
@@ -91,12 +102,18 @@ class OnnxEngine:
         taps = {n: np.concatenate([p.taps[n] for p in parts]) for n in self.spec.taps}
         return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
 
-    def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool) -> Outputs:
-        key = (part.start, logits, top_k)
+    def skipping(self) -> OnnxSkipEngine:
+        """The same target with sublayers that can be left out; opened at the first call, where the artifact has the graph."""
+        if self._skipping is None:
+            self._skipping = OnnxSkipEngine(self.directory, self.manifest, self.threads)
+        return self._skipping
+
+    def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None) -> Outputs:
+        key = (self.file, part.start, logits, top_k)
         if key not in cache.bindings:
             cache.bindings[key] = self._bind_state(cache, part)
         binding = cache.bindings[key]
-        feeds = dict(self._feeds(cache.lengths[part], step))  # kept alive until the pass is over
+        feeds = dict(self._feeds(cache.lengths[part], step, gates))  # kept alive until the pass is over
         for name, array in feeds.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         out = {name: self._buffer(cache, binding, part.start, name, step) for name in self._wanted(logits, top_k)}
@@ -104,7 +121,7 @@ class OnnxEngine:
         taps = {n: out[n] for n in self.spec.taps}
         return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), taps)
 
-    def _feeds(self, lengths: Ints, step: Step) -> Iterator[tuple[str, np.ndarray]]:
+    def _feeds(self, lengths: Ints, step: Step, gates: Gates | None) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.inputs:
             if name == "input_ids":
                 yield name, np.ascontiguousarray(step.tokens, dtype=np.int64)
@@ -112,6 +129,9 @@ class OnnxEngine:
                 yield name, np.ascontiguousarray(positions_of(lengths, step))
             elif name == "lengths":
                 yield name, lengths.copy()
+            elif name == "gates":
+                assert gates is not None
+                yield name, np.ascontiguousarray(gates, dtype=np.bool_)
             elif name == "logits_from":
                 yield name, np.array([step.logits_from], dtype=np.int64)
             else:
@@ -143,6 +163,47 @@ class OnnxEngine:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             binding.bind_output(f"present.{name.partition('.')[2]}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
+
+
+class OnnxSkipEngine:
+    """Passes of the target with some sublayers left out, through `skip.onnx`: same weight file, same caches (`runtime/drafters/self_skip.py`).
+
+    ONNX Runtime repacks weights for every session and its Python interface cannot share the result, so this session costs about the memory
+    of the weights again; a set of sublayers costs nothing, and may be another one in every pass.
+    """
+
+    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None) -> None:
+        self._engine = OnnxEngine(directory, manifest, threads, file="skip.onnx")
+        self.spec = self._engine.spec
+        self.units: tuple[tuple[int, str], ...] = tuple((int(layer), str(kind)) for layer, kind in manifest.extra["units"])
+
+    def pass_ms(self, gates: Gates) -> float | None:
+        """What a pass of one row takes, by the cost of each kind of sublayer as compile measured it; None when it did not."""
+        ms: dict[str, float] = self._engine.manifest.extra.get("unit_ms", {})
+        if not ms:
+            return None
+        return ms["rest"] + sum(ms[kind] for (_, kind), runs in zip(self.units, gates, strict=True) if runs)
+
+    def forward(self, cache: Cache, sequence: int, step: Step, gates: Gates, *, logits: bool = False) -> Outputs:
+        """A pass [1, R] of one sequence of a target's cache. `gates` [units] tells which sublayers run."""
+        assert isinstance(cache, OnnxCache)
+        return self._engine._run(cache, slice(sequence, sequence + 1), step, logits, False, gates)
+
+    def replay(self, cache: Cache, sequence: int, tokens: Ints, gates: Gates) -> Ints:
+        """What would have been guessed after each of the last cached `tokens` [W]: argmax [W]. The cache is left as it was."""
+        assert isinstance(cache, OnnxCache)
+        length, count = int(cache.lengths[sequence]), len(tokens)
+        window = slice(length - count, length)
+        before = {name: tensor[sequence, :, window].copy() for name, tensor in cache.state.items()}
+        cache.lengths[sequence] = length - count
+        try:
+            outputs = self.forward(cache, sequence, Step(np.asarray(tokens, dtype=np.int64)[None]), gates)
+        finally:
+            cache.lengths[sequence] = length
+            for name, tensor in cache.state.items():
+                tensor[sequence, :, window] = before[name]
+        assert outputs.argmax is not None
+        return outputs.argmax[0].copy()
 
 
 def _one(step: Step, b: int) -> Step:

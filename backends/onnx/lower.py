@@ -11,13 +11,15 @@ from torch.fx import Node
 
 from planc.backends.onnx import fused, quantized, standard
 from planc.backends.onnx.build import MICROSOFT, Builder, onnx_dtype, unsupported
+from planc.backends.onnx.gates import gated
 from planc.backends.onnx.weights import WeightFile
 from planc.compiler.pipeline import dump
 from planc.compiler.program import Program
+from planc.compiler.units import find_units
 
 OPSET = 21
 _TABLES = {"fast": fused.TABLE, "standard": {**standard.TABLE, **quantized.STANDARD_TABLE}}
-MODEL_FILE, WEIGHT_FILE = "model.onnx", "model.weights"
+MODEL_FILE, WEIGHT_FILE, SKIP_FILE = "model.onnx", "model.weights", "skip.onnx"
 
 
 def lower(program: Program, directory: Path, *, ops: Literal["fast", "standard"] = "fast", positions: int) -> Path:
@@ -26,15 +28,34 @@ def lower(program: Program, directory: Path, *, ops: Literal["fast", "standard"]
     Raises CompileError[lower-unsupported] naming the node that has no lowering.
     """
     with WeightFile(directory / WEIGHT_FILE) as weights:
-        model = build(program, weights, ops=ops, positions=positions)
+        model, _ = build(program, weights, ops=ops, positions=positions)
+    return _write(model, directory)
+
+
+def lower_gated(
+    program: Program, directory: Path, *, ops: Literal["fast", "standard"] = "fast", positions: int
+) -> tuple[tuple[int, str], ...]:
+    """The same, and beside it `skip.onnx`, with gates around its sublayers and the same weight file; layer and kind of every gate."""
+    with WeightFile(directory / WEIGHT_FILE) as weights:
+        model, values = build(program, weights, ops=ops, positions=positions)
+    _write(model, directory)
+    found = [(unit, str(values.get(unit.state)), str(values.get(unit.term))) for unit in find_units(program)]
+    with_gates, units = gated(model, found)
+    (directory / SKIP_FILE).write_bytes(with_gates.SerializeToString())
+    return tuple((unit.layer, unit.kind) for unit in units)
+
+
+def _write(model: onnx.ModelProto, directory: Path) -> Path:
     dump(4, lambda: "\n".join(f"    {n.name}: {', '.join(n.output)} = {n.op_type}({', '.join(n.input)})" for n in model.graph.node))
     path = directory / MODEL_FILE
     path.write_bytes(model.SerializeToString())
     return path
 
 
-def build(program: Program, weights: WeightFile, *, ops: Literal["fast", "standard"], positions: int) -> onnx.ModelProto:
-    """The ONNX model of the main graph; large tensors go to `weights`."""
+def build(
+    program: Program, weights: WeightFile, *, ops: Literal["fast", "standard"], positions: int
+) -> tuple[onnx.ModelProto, dict[Node, Any]]:
+    """The ONNX model of the main graph and the value that each node became; large tensors go to `weights`."""
     builder = Builder(program, weights, positions)
     builder.fused = ops == "fast"
     inputs = []
@@ -54,7 +75,7 @@ def build(program: Program, weights: WeightFile, *, ops: Literal["fast", "standa
     _rename_outputs(builder, [o.name for o in outputs])
     graph = helper.make_graph(_live(builder, outputs), program.info.name, inputs, outputs, _read(builder))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-    return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="planc")
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="planc"), builder.values
 
 
 def _lower_node(builder: Builder, table: dict[Any, Any], node: Node) -> None:

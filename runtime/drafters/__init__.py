@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Verified
+from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Host, Loaded, Verified
+from planc.runtime.drafters.draft_model import DraftModel
 from planc.runtime.drafters.prompt_lookup import PromptLookup
+from planc.runtime.drafters.self_skip import SelfSkip
 from planc.runtime.drafters.token_recycling import TokenRecycling
 
-__all__ = ["Context", "Drafter", "DrafterPart", "PromptLookup", "TokenRecycling", "Verified"]
+__all__ = ["Context", "DraftModel", "Drafter", "DrafterPart", "Host", "Loaded", "PromptLookup", "SelfSkip", "TokenRecycling", "Verified"]

@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
 from numpy.typing import NDArray
 
-from planc.runtime.engine import Ints
+from planc.runtime.contract import CostTable
+from planc.runtime.drafters.vocabulary import Vocabulary
+from planc.runtime.engine import Cache, Engine, Floats, Ints
 from planc.runtime.registry import PlanPart
 from planc.runtime.sampling import Drawing
 from planc.runtime.trees import Draft
+
+#: (logits [V] of a row, guesses from the root to that row) -> the token that plain decoding would take there if these were its logits
+Draw = Callable[[Floats, Sequence[int]], int]
+
+
+def likeliest(logits: Floats, path: Sequence[int]) -> int:
+    """The draw of greedy decoding: the lowest id on ties."""
+    return int(logits.argmax())
 
 
 @dataclass(slots=True)
@@ -24,6 +35,11 @@ class Context:
     drawing: Drawing | None = None  # how to draw where the drafter has a distribution; None: greedily
     eos: frozenset[int] = frozenset()  # tokens that end the text; nothing follows them
     siblings: bool = True  # whether this round verifies several guesses for one place
+    paused: bool = False  # speculation does not pay at the moment: guesses that cost a pass of their own are not worth making
+    longest: int = 0  # most tokens that the text may come to; 0 when that is not known
+    draw: Draw = likeliest  # greedy, or with the noise of the place in the text (papers/A0 section 6)
+    sampled: bool = False  # whether `draw` uses noise
+    cache: Cache | None = None  # the target's; rows beyond its committed lengths are scratch until the next pass
 
 
 @dataclass(slots=True)
@@ -55,6 +71,32 @@ class Drafter(Protocol):
         """Learn from a pass."""
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """A draft model that lies in the target's artifact."""
+
+    engine: Engine
+    capacity: int  # slots per sequence
+    vocabulary: Vocabulary | None = None  # None: the target's own ids
+    cost: CostTable | None = None  # of its passes, as measured
+
+    @property
+    def pass_ms(self) -> float | None:
+        """What a pass of one row took when it was measured."""
+        return None if self.cost is None else self.cost.ms(1, 128, 1)
+
+
+@dataclass(frozen=True)
+class Host:
+    """The loaded target that a drafter is built for."""
+
+    engine: Engine
+    eos_ids: tuple[int, ...] = ()
+    cost: CostTable | None = None  # of the target's passes, as measured
+    min_rows: int = 1  # rows of the target's smallest pass
+    models: Mapping[str, Loaded] = field(default_factory=dict)  # folder in the artifact -> draft model
+
+
 class DrafterPart(PlanPart):
     """A drafter as the plan names it."""
 
@@ -71,5 +113,9 @@ class DrafterPart(PlanPart):
         return "nothing"
 
     def build(self, vocab_size: int) -> Drafter:
-        """The runtime object."""
+        """The runtime object of a drafter that needs nothing of the target but the size of its vocabulary."""
         raise NotImplementedError(type(self).__name__)
+
+    def build_for(self, host: Host) -> Drafter:
+        """The runtime object for a loaded target; drafters that run passes of their own override this instead of `build`."""
+        return self.build(host.engine.spec.vocab_size)

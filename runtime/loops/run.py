@@ -12,6 +12,7 @@ import numpy as np
 from planc.runtime.acceptance import Choose, Target, Walk, rule_of
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import Context, Drafter, Verified
+from planc.runtime.drafters.base import Draw, likeliest
 from planc.runtime.engine import Cache, Engine, Outputs, Step
 from planc.runtime.errors import InputError
 from planc.runtime.sampling import Drawing, Sampler
@@ -62,6 +63,7 @@ class Stats:
     accepted_by: Counter[str] = field(default_factory=Counter)
     prefill_seconds: float = 0.0  # in the engine
     engine_seconds: float = 0.0  # in the engine, prefill excluded
+    draft_seconds: float = 0.0  # in the drafters, passes of their own included
     total_seconds: float = 0.0
     first_token_seconds: float = 0.0
 
@@ -119,6 +121,8 @@ class Run:
         self.rule = rule_of(acceptance, decode.sampling.temperature)
         self.limit = min(cache.capacity, engine.spec.max_length)
         self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass
+        # of the drafts for that pass; the first drafts of a text, before which a drafter may read the prompt, count as 0
+        self.draft_ms = 0.0
         # a sequence always has room for a pass of `min_rows` rows, so both loops stop at the same token when the cache is full
         longest = self.limit - self.min_rows + 1
         keys = range(len(prompts)) if ids is None else ids
@@ -220,6 +224,32 @@ class Run:
             self._update(b, Verified(b, part[first:], rows, rows, following[first:]), outputs)
         return pieces
 
+    def propose(
+        self, drafts: Mapping[int, Draft], budget: int, depth: int, *, siblings: bool = True, paused: bool = False, in_turn: bool = False
+    ) -> None:
+        """Every drafter adds its guesses to the one tree of each sequence; `in_turn` they share the budget, first come first served. Timed."""
+        begin, first = perf_counter(), False
+        for b, draft in drafts.items():
+            text = self.texts[b]
+            first = first or len(text.tokens) == text.prompt + 1
+            context = self.context(b, budget, depth, siblings, paused)
+            for drafter in self.drafters:
+                if in_turn:
+                    context.budget = budget + 1 - len(draft)
+                if context.budget > 0 and context.depth > 0:
+                    drafter.propose(context, draft)
+        seconds = perf_counter() - begin
+        self.stats.draft_seconds += seconds
+        self.draft_ms = 0.0 if first else seconds * 1e3
+
+    def _draw(self, text: Text) -> Draw:
+        """How plain decoding would choose behind guesses, from somebody else's logits."""
+        sampler, place = self.sampler, len(text.tokens)
+        if not sampler.needs_logits:
+            return likeliest
+        seen = set(text.tokens) if sampler.tracks_text else set[int]()
+        return lambda logits, path: sampler.choose(logits, text.id, place + len(path), seen.union(path) if seen else ())
+
     def pack(self, drafts: Mapping[int, Draft]) -> Step:
         """The step of a pass; a sequence without a draft has its last token as the only row."""
         return pack([drafts.get(b) or Draft(text.tokens[-1]) for b, text in enumerate(self.texts)], self.min_rows)
@@ -239,11 +269,23 @@ class Run:
             self.stats.engine_seconds += seconds
         return outputs
 
-    def context(self, b: int, budget: int, depth: int, siblings: bool) -> Context:
+    def context(self, b: int, budget: int, depth: int, siblings: bool, paused: bool = False) -> Context:
         """What a drafter may know about sequence b."""
-        text = self.texts[b]
-        drawing = Drawing(self.sampler.sampling, text.id, len(text.tokens), self.rule.tested)
-        return Context(b, text.tokens, budget, min(depth, text.left - 1), drawing, self.eos, siblings)
+        text, sampling = self.texts[b], self.sampler.sampling
+        return Context(
+            b,
+            text.tokens,
+            budget,
+            min(depth, text.left - 1),
+            drawing=Drawing(sampling, text.id, len(text.tokens), self.rule.tested),
+            eos=self.eos,
+            siblings=siblings,
+            paused=paused,
+            longest=text.longest,
+            draw=self._draw(text),
+            sampled=sampling.temperature > 0.0,
+            cache=self.cache,
+        )
 
     def chooser(self, b: int, outputs: Outputs, draft: Draft | None = None, *, position: int | None = None, first: int = 0) -> Choose:
         """How the token after a row of the last pass is chosen; without a `draft` as in plain decoding. `first` is the row of the first output.

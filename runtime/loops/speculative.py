@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from planc.runtime.acceptance import walk
-from planc.runtime.controller import Controller, Cut
+from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import Drafter
 from planc.runtime.engine import Cache, Engine
@@ -50,8 +50,11 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
         cut = None
         if run.rule.tested:
             cut = controller.ahead(past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
-        siblings = controller.siblings(trees) if cut is None else not cut.chain
-        drafts = {b: _draft(run, controller, b, cut, siblings) for b in live}  # 1. draft
+        siblings, budget = (controller.siblings(trees), controller.budget) if cut is None else (not cut.chain, cut.guesses)
+        # 1. draft: every drafter adds its guesses to the one tree of the sequence
+        drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
+        depth, paused = controller.tree.depth, controller.paused
+        run.propose(drafts, budget, depth, siblings=siblings, paused=paused, in_turn=cut is not None)
         # 2. choose how much of it this pass is worth; nothing at all is always a choice
         if cut is not None:
             chosen = [cut.of(draft) for draft in drafts.values()]
@@ -69,15 +72,5 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
             run.teach(b, tree, path, outputs)
             committed += len(pieces[0].tokens)
             yield from pieces
-        controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)
-
-
-def _draft(run: Run, controller: Controller, b: int, cut: Cut | None, siblings: bool) -> Draft:
-    """The tree of one sequence, to which every drafter adds its guesses. In a settled number of guesses they are served in turn."""
-    draft, depth = Draft(run.texts[b].tokens[-1], controller.rates), controller.tree.depth
-    for drafter in run.drafters:
-        budget = controller.budget if cut is None else cut.guesses + 1 - len(draft)
-        context = run.context(b, budget, depth, siblings)
-        if context.budget > 0 and context.depth > 0:
-            drafter.propose(context, draft)
-    return draft
+        tokens = committed / len(live)
+        controller.observe(run.rows, max(past), run.batch, tokens, run.pass_ms, min_rows=run.min_rows, draft_ms=run.draft_ms)

@@ -8,12 +8,14 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from planc.runtime.artifact import Manifest, read_artifact
+from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.decode import Decode
+from planc.runtime.drafters import DraftModel, Loaded
+from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import ArtifactError
 from planc.runtime.executable import Executable
-from planc.runtime.text import Text
+from planc.runtime.text import TOKENIZER, Text
 
 
 def load(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable:
@@ -35,7 +37,35 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
             "artifact-corrupt", f"the decode section is not valid: {where}: {first['msg']}", where=str(directory)
         ) from error
     text = Text.load(directory, eos_ids=manifest.eos_ids or None)
-    return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory)
+    models = _draft_models(directory, manifest, decode, text, threads)
+    return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory, models)
+
+
+def _draft_models(directory: Path, manifest: Manifest, decode: Decode, text: Text, threads: int | None) -> dict[str, Loaded]:
+    """The draft models that drafters name, each an artifact in a folder of this one, whose files are among those already checked."""
+    drafters = decode.speculative.drafter if decode.speculative is not None else ()
+    models = {}
+    for part in drafters:
+        if isinstance(part, DraftModel):
+            name = part.artifact
+            if name is None or f"{name}/{MANIFEST}" not in manifest.files:
+                raise ArtifactError(
+                    "artifact-corrupt",
+                    f"the draft model {name} is not part of the artifact",
+                    where=str(directory),
+                    fix="compile the plan again",
+                )
+            models[name] = _draft_model(directory / name, manifest, f"{name}/{TOKENIZER}", text, threads)
+    return models
+
+
+def _draft_model(folder: Path, target: Manifest, tokenizer: str, text: Text, threads: int | None) -> Loaded:
+    draft = read_artifact(folder, verify=False)  # its files were checked as files of the target
+    ours, theirs = target.files.get(TOKENIZER), target.files.get(tokenizer)
+    same = ours is not None and theirs is not None and ours.sha256 == theirs.sha256
+    sizes = target.signature.vocab_size, draft.signature.vocab_size
+    words = None if same and sizes[0] == sizes[1] else vocabulary(text, Text.load(folder, eos_ids=draft.eos_ids or None), *sizes)
+    return Loaded(_engine(folder, draft, threads), draft.signature.capacity, words, draft.contract.cost)
 
 
 def _engine(directory: Path, manifest: Manifest, threads: int | None) -> Engine:

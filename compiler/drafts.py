@@ -1,0 +1,131 @@
+"""What drafters need in the artifact: a draft model in a folder of its own, the sublayers that a target leaves out. Nothing lies outside."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from planc.backends.onnx.artifact import write_onnx
+from planc.backends.onnx.engine import OnnxEngine
+from planc.compiler.plan import Plan
+from planc.compiler.skip_fit import fit_skip
+from planc.passes.kv_cache import KvCache
+from planc.runtime import profile
+from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
+from planc.runtime.contract import Contract, hardware
+from planc.runtime.decode import Decode
+from planc.runtime.drafters import DraftModel, SelfSkip
+from planc.runtime.drafters.draft_model import FOLDER
+from planc.runtime.drafters.vocabulary import vocabulary
+from planc.runtime.engine import Engine
+from planc.runtime.errors import CompileError, PlanError
+from planc.runtime.text import Text
+
+if TYPE_CHECKING:
+    from planc.compiler.compile import Planned
+
+
+def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip]:
+    """The plan's drafters that need something in the artifact, by their place in the list."""
+    drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
+    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip)}
+
+
+def attach_drafts(
+    planned: Planned, measure: bool, note: Callable[[str], None], directory: Path, manifest: Manifest, engine: OnnxEngine
+) -> Manifest:
+    """Write what the plan's drafters need into `directory`; the manifest whose decode section finds it there."""
+    parts, extra = places_of(planned.plan), dict(manifest.extra)
+    if not parts:
+        return manifest
+    decode = Decode.model_validate(manifest.decode)
+    assert decode.speculative is not None
+    drafters = list(decode.speculative.drafter)
+    for index, part in parts.items():
+        place = planned.plan.where("decode", "speculative", "drafter", index)
+        try:
+            if isinstance(part, DraftModel):
+                _attach_model(planned, part, directory / FOLDER, place, measure, note)
+                drafters[index] = DraftModel(artifact=FOLDER, min_p=part.min_p)
+            else:
+                drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
+                extra |= found
+        except PlanError as error:
+            error.plan = error.plan or place
+            raise
+    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": tuple(drafters)})})
+    return manifest.model_copy(update={"decode": decode.model_dump(mode="json"), "extra": extra})
+
+
+def _attach_model(planned: Planned, part: DraftModel, target: Path, place: str | None, measure: bool, note: Callable[[str], None]) -> None:
+    note("the draft model")
+    if part.artifact is not None:
+        _copy(_beside(planned.plan, part.artifact), target)
+    else:
+        _compile(planned, part, place, target, measure, note)
+    _check(planned, read_artifact(target, verify=False), target)
+
+
+def _beside(plan: Plan, path: str) -> Path:
+    """A path of a plan counts from the folder of the plan's file."""
+    return plan.folder / Path(path).expanduser()
+
+
+def _copy(source: Path, target: Path) -> None:
+    """A checked copy of an artifact."""
+    manifest = read_artifact(source)
+    for name in (*manifest.files, MANIFEST):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, target / name)
+
+
+def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
+    from planc.compiler.compile import capacity_of, rewrite, tree_form
+
+    plan, model = _plan_of(planned.plan, part, place), _model_of(planned, part)
+    if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
+        plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
+    draft = rewrite(model, plan, note=lambda text: note(f"the draft model: {text}"))
+
+    def finish(engine: Engine, capacity: int) -> Contract:
+        """Exactness is nobody's concern: the target verifies every guess."""
+        cost = profile.measure_cost(engine, capacity=min(capacity, 1024), seconds=3.0, logits=True) if measure else None
+        return Contract(cost=cost, effects=draft.effects, hardware=hardware())
+
+    added = {extra.key for extra in part.passes}
+    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
+        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
+        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
+    write_onnx(draft, target, min(capacity_of(planned), capacity_of(draft)), finish)
+
+
+def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
+    """The draft model's own plan: plain decoding, for the same target."""
+    if part.plan is None:
+        return Plan(passes=(*plan.passes, *part.passes), target=plan.target)
+    own = Plan.from_yaml(_beside(plan, part.plan))
+    if own.decode.speculative is not None:
+        raise PlanError(
+            "plan-conflict", f"the draft model's plan {part.plan} drafts itself", plan=place, fix="remove `speculative` from it"
+        )
+    if own.target.backend != "onnx":
+        raise PlanError(
+            "plan-conflict", f"{part.plan} is for the {own.target.backend} backend", plan=place, fix="use `backend: onnx` there"
+        )
+    return own
+
+
+def _model_of(planned: Planned, part: DraftModel) -> Any:
+    if part.model is None:
+        return planned.model
+    path = _beside(planned.plan, part.model)
+    return path if path.exists() else part.model
+
+
+def _check(planned: Planned, draft: Manifest, folder: Path) -> None:
+    """Refuse a draft model of another vocabulary before the artifact is finished."""
+    from planc.compiler.compile import text_of
+
+    vocabulary(text_of(planned.model), Text.load(folder), planned.program.info.vocab_size, draft.signature.vocab_size)
