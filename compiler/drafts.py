@@ -48,7 +48,7 @@ def attach_drafts(
         try:
             if isinstance(part, DraftModel):
                 _attach_model(planned, part, directory / FOLDER, place, measure, note)
-                drafters[index] = DraftModel(artifact=FOLDER, min_p=part.min_p)
+                drafters[index] = part.model_copy(update={"artifact": FOLDER, "plan": None, "model": None, "passes": ()})
             else:
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found

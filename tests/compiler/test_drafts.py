@@ -66,6 +66,15 @@ def test_the_target_after_more_passes(skipping: Path) -> None:
     assert exe.report()["draft_models"] == {"draft": {"same_vocabulary": True, "pass_ms": draft.contract.cost.ms(1, 128)}}
 
 
+@pytest.mark.parametrize("builder", [{"chain": {}}, {"constant": {"branching": [2, 1]}}, {"dynamic": {"budget": 4}}])
+def test_a_builder_draws_the_tree(builder: dict[str, Any], tmp_path: Path) -> None:
+    """It is part of the artifact; under coupled acceptance the text is the plain one, tested draws go through the same artifact."""
+    options = {"exactness": "tokens", "target": {"capacity": 128}}
+    exe = planc.compile(model("llama"), plan({**SKIPPING, "builder": builder}, **options), out=tmp_path / "a", measure=False)
+    assert read_artifact(tmp_path / "a").decode["speculative"]["drafter"][0]["draft_model"]["builder"] == builder
+    equals_plain(exe)
+
+
 def test_prompts_of_different_lengths_share_a_drafter(skipping: Path) -> None:
     exe = planc.load(skipping)
     prompts = [PROMPT, [3], PROMPT[:4]]
