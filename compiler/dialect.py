@@ -160,7 +160,9 @@ def linear_int8(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -
     """x [..., K] quantised per row times weight [N,K] int8 with one scale [N] per output; products and sums are exact integers."""
     values, row_scale = quantize_rows(x.float())
     flat = values.reshape(-1, values.shape[-1]).to(torch.int8)
-    if flat.shape[1] == 1:  # torch._int_mm on a CPU takes a single column for strided and reads past it; a second one of zeros changes no sum
+    if (
+        flat.shape[1] == 1
+    ):  # torch._int_mm on a CPU takes a single column for strided and reads past it; a second one of zeros changes no sum
         flat, weight = torch.nn.functional.pad(flat, (0, 1)), torch.nn.functional.pad(weight, (0, 1))
     sums = torch._int_mm(flat, weight.t()).float().reshape(*values.shape[:-1], -1)
     out = sums * (row_scale * scale)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from planc.runtime.drafters import DrafterPart
 from planc.runtime.registry import item_of
@@ -55,6 +55,27 @@ class Speculative(_Section):
     tree: Tree = Tree()
 
 
+class Batching(_Section):
+    """Many sequences at once: what `serve` and lists of prompts share a pass with (papers/41)."""
+
+    sequences: int = Field(4, ge=2, le=64, description="sequences that may share a pass")
+    policy: Literal["lengths", "regroup"] = Field(
+        "lengths", description="lengths: any sequences share a pass, each at its own length; regroup: only those with equal cached lengths"
+    )
+    window: int | None = Field(
+        None, ge=2, le=256, description="regroup: sequences held at once, to choose groups from; left out: 4 times `sequences`"
+    )
+    patience: int = Field(8, ge=1, description="regroup: passes that a sequence may be left out of in a row")
+
+    @model_validator(mode="after")
+    def _wide(self) -> Batching:
+        if self.window is not None and self.policy == "lengths":
+            raise ValueError("`window` belongs to `policy: regroup`")
+        if self.window is not None and self.window < self.sequences:
+            raise ValueError(f"a window of {self.window} does not hold {self.sequences} sequences")
+        return self
+
+
 class Decode(_Section):
     """How text is generated."""
 
@@ -65,3 +86,4 @@ class Decode(_Section):
         (), description="texts that end generation"
     )
     speculative: Speculative | None = None
+    batching: Batching | None = None

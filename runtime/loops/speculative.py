@@ -45,22 +45,28 @@ def speculative(
 def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
     yield from run.prefill()
     while live := run.live:
-        drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
-        for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
-            context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
-            for drafter in run.drafters if context.budget and context.depth else ():
-                drafter.propose(context, draft)
-        # 2. choose how much of it this pass is worth; nothing at all is always a choice
-        past = [int(run.cache.lengths[b]) for b in live]
-        chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
-        verified = dict(zip(live, chosen, strict=True))
-        outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
-        committed = 0
-        for b, tree in verified.items():
-            path = walk(tree, run.chooser(b, outputs))  # 4. accept: follow the target's choices down the tree
-            pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
-            controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
-            run.teach(b, tree, path, outputs)
-            committed += len(pieces[0].tokens)
-            yield from pieces
-        controller.observe(run.rows, max(past), run.batch, committed / len(live), run.pass_ms, min_rows=run.min_rows)
+        yield from one_round(run, live, controller, trees, block)
+
+
+def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
+    """Draft and verify once for each of these sequences, in one pass."""
+    batch = len(live)
+    drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
+    for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
+        context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
+        for drafter in run.drafters if context.budget and context.depth else ():
+            drafter.propose(context, draft)
+    # 2. choose how much of it this pass is worth; nothing at all is always a choice
+    past = [int(run.cache.lengths[b]) for b in live]
+    chosen = controller.select(list(drafts.values()), past, run.room(live), batch, min_rows=run.min_rows, trees=trees, block=block)
+    verified = dict(zip(live, chosen, strict=True))
+    outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
+    committed = 0
+    for b, tree in verified.items():
+        path = walk(tree, run.chooser(b, outputs))  # 4. accept: follow the target's choices down the tree
+        pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
+        controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
+        run.teach(b, tree, path, outputs)
+        committed += len(pieces[0].tokens)
+        yield from pieces
+    controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=run.min_rows)
