@@ -122,6 +122,8 @@ class Run:
         self.texts = [
             self.text(prompt, decode, key, stop, f"prompt {b}") for b, (key, prompt) in enumerate(zip(keys, prompts, strict=True))
         ]
+        if not prompts:  # all sequences are free: a scheduler puts texts in and takes them out
+            self.texts = [Text(0, [0], 0, 0, Sampler(decode.sampling), finish="free") for _ in cache.lengths]
         self._place: dict[int, int] = {}  # sequence -> its place in the outputs of the last pass
         self._top_k = bool(engine.spec.top_k) and any(drafter.top_k for drafter in drafters)
         if len(self.texts) != len(self.cache.lengths):
