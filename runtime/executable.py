@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -28,11 +28,14 @@ from planc.runtime.loops import Text as Sequence_
 from planc.runtime.prompts import Prompt, read_prompts
 from planc.runtime.text import StreamDecoder, Text
 
+if TYPE_CHECKING:
+    from planc.runtime.server import Server
+
 DRAFT_SLOTS = 64  #: cache slots beyond prompt and answer, for rows that are drafted and rejected
 CACHE_STEP = 256  #: caches are made in multiples of this many slots, so that the next call can use the last one's memory
 BATCH = 8  #: prompts that go through one pass together
 
-_FINISH = {"eos": "stop", "stop": "stop_string", "length": "length"}
+FINISH = {"eos": "stop", "stop": "stop_string", "length": "length", "cancelled": "cancelled"}  #: of a loop -> finish_reason
 
 
 @dataclass(frozen=True)
@@ -68,7 +71,7 @@ class Generation:
     text: str
     ids: list[int]
     prompt_tokens: int
-    finish_reason: str  # stop (an end token), stop_string or length
+    finish_reason: str  # stop (an end token), stop_string, length or, of a server, cancelled
     stats: GenerationStats
 
 
@@ -86,7 +89,7 @@ class Chunk:
 
 
 @dataclass
-class _Lane:
+class Lane:
     """What one running call uses alone and hands back for the next one."""
 
     drafters: list[Drafter]
@@ -132,7 +135,7 @@ class Executable:
         self.manifest, self.directory = manifest, directory
         self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
         self.capacity = min(engine.spec.max_length, manifest.signature.capacity if manifest is not None else engine.spec.max_length)
-        self._idle: list[_Lane] = []
+        self._idle: list[Lane] = []
         self._lock = threading.Lock()
 
     @property
@@ -140,9 +143,13 @@ class Executable:
         """Rows that every pass has at least: the plan's number, else what exactness needs, else 1 where nothing is verified."""
         if self.decode.min_rows != "auto":
             return self.decode.min_rows
-        if self.decode.speculative is None:
-            return 1
-        return self.contract.exactness.min_rows if self.contract.exactness is not None else 2
+        return 1 if self.decode.speculative is None and self.decode.batching is None else self.shared_rows
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows that a pass needs at least for its rows not to depend on each other; the plan's number, if it names more."""
+        exactness, planned = self.contract.exactness, self.decode.min_rows
+        return max(exactness.min_rows if exactness is not None else 2, 1 if planned == "auto" else planned)
 
     @property
     def trees_allowed(self) -> bool:
@@ -152,7 +159,13 @@ class Executable:
 
     @property
     def batches_allowed(self) -> bool:
-        """May prompts share a pass? Not where it was measured that this promises less than each prompt alone."""
+        """May prompts share a pass? Not where rows then differ from those of each prompt alone: as was measured, or with too few rows."""
+        exactness = self.contract.exactness
+        return self.batches_agree and (exactness is None or self.min_rows >= exactness.min_rows)
+
+    @property
+    def batches_agree(self) -> bool:
+        """Was it measured that sharing a pass of enough rows promises no less than each prompt alone?"""
         exactness = self.contract.exactness
         return exactness is None or (exactness.batch is not None and LEVELS.index(exactness.batch) <= LEVELS.index(exactness.chains))
 
@@ -178,7 +191,7 @@ class Executable:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
         prompts, single = read_prompts(self.text, prompt, chat)
-        chunks = self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
+        chunks = self._stream(prompts, self.settings(max_new_tokens, stop, sampling))
         answers = {chunk.index: chunk.generation for chunk in chunks if chunk.generation is not None}
         return answers[0] if single else [answers[i] for i in range(len(prompts))]
 
@@ -200,7 +213,18 @@ class Executable:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
         prompts, _ = read_prompts(self.text, prompt, chat)
-        return self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
+        return self._stream(prompts, self.settings(max_new_tokens, stop, sampling))
+
+    def serve(self, max_batch: int | None = None, *, capacity: int | None = None) -> Server:
+        """A server that answers many prompts at once: they join and leave the batch while others run.
+
+        `max_batch` sequences share a pass (default: the plan's `batching`, else 4), each with a cache of `capacity` tokens (default: what the
+        artifact was compiled for). Every answer equals its single run at the same minimum of rows: that of `generate`, if the plan drafts or
+        has `batching`.
+        """
+        from planc.runtime.server import Server
+
+        return Server(self, max_batch, capacity)
 
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
@@ -257,7 +281,7 @@ class Executable:
 
     # ---- one call ----
 
-    def _settings(self, max_new_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any]) -> Decode:
+    def settings(self, max_new_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any]) -> Decode:
         """The plan's decode section with this call's values, checked."""
         given = {name: value for name, value in sampling.items() if value is not None}
         changes: dict[str, Any] = {"sampling": {**self.decode.sampling.model_dump(), **given}}
@@ -285,7 +309,8 @@ class Executable:
                     f"the prompt has {len(prompt)} tokens, the cache has room for {self.capacity - self.min_rows}",
                     fix="shorten the prompt, or compile with a larger capacity",
                 )
-        together = BATCH if self.batches_allowed else 1
+        most = self.decode.batching.sequences if self.decode.batching else BATCH
+        together = most if self.batches_allowed else 1
         groups = [range(start, min(start + together, len(prompts))) for start in range(0, len(prompts), together)]
         answers = [_Answer(i, prompt, StreamDecoder(self.text, decode.stop)) for i, prompt in enumerate(prompts)]
         return (chunk for group in groups for chunk in self._run([answers[i] for i in group], decode))
@@ -299,7 +324,7 @@ class Executable:
             answer.fresh += answer.decoder.push(sequence.tokens[-1])
             return answer.decoder.stop is not None
 
-        lane, stats, credited = self._take_lane(), Stats(), Counter[str]()
+        lane, stats, credited = self.take_lane(), Stats(), Counter[str]()
         try:
             cache = self._cache(lane, answers, decode)
             for piece in self._loop(lane, cache, answers, decode, stop, stats):
@@ -309,10 +334,9 @@ class Executable:
                 credited = Counter(stats.accepted_by)
                 yield self._chunk(answer, piece, sources, stats)
         finally:
-            with self._lock:
-                self._idle.append(lane)
+            self.return_lane(lane)
 
-    def _loop(self, lane: _Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
+    def _loop(self, lane: Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
         prompts = [answer.prompt for answer in answers]
         common: dict[str, Any] = {
             "eos": self.eos_ids,
@@ -345,7 +369,7 @@ class Executable:
         text, answer.fresh = answer.fresh, ""
         answer.text += text
         if piece.finish is not None:
-            generation = Generation(answer.text, answer.ids, len(answer.prompt), _FINISH[piece.finish], _summary(answer, stats))
+            generation = Generation(answer.text, answer.ids, len(answer.prompt), FINISH[piece.finish], _summary(answer, stats))
         accepted = 0 if first else len(piece.tokens) - 1
         return Chunk(
             text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
@@ -353,18 +377,24 @@ class Executable:
 
     # ---- what is kept between calls ----
 
-    def _take_lane(self) -> _Lane:
+    def take_lane(self) -> Lane:
+        """What a call uses alone: its drafters, controller and cache; `return_lane` hands it back for the next one."""
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         part = self.decode.speculative
         if part is None:
-            return _Lane([], Controller())
+            return Lane([], Controller())
         drafters = [drafter.build(self.engine.spec.vocab_size) for drafter in part.drafter]
         controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
-        return _Lane(drafters, controller)
+        return Lane(drafters, controller)
 
-    def _cache(self, lane: _Lane, answers: list[_Answer], decode: Decode) -> Cache:
+    def return_lane(self, lane: Lane) -> None:
+        """See `take_lane`."""
+        with self._lock:
+            self._idle.append(lane)
+
+    def _cache(self, lane: Lane, answers: list[_Answer], decode: Decode) -> Cache:
         """The lane's empty cache if it has the right shape, else a new one. Sized for the call: memory that is not used is not taken."""
         slots = max(len(answer.prompt) for answer in answers) + decode.max_new_tokens + self.min_rows + DRAFT_SLOTS
         slots = min(self.capacity, -(-slots // CACHE_STEP) * CACHE_STEP)

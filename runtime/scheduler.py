@@ -59,10 +59,11 @@ class Scheduler:
 
     `submit` and `cancel` may be called from any thread, `turn` from one. `run` was made without prompts; `decode` is one pass of its loop.
     While sequences run, a prompt is fed in passes of at most `chunk` rows, so that they never wait longer than that for their next token.
+    `alone`: no two share a pass, because that was measured to change results; they take turns.
     """
 
-    def __init__(self, run: Run, decode: Round, batching: Batching, chunk: int = CHUNK) -> None:
-        self.run, self.decode, self.batching = run, decode, batching
+    def __init__(self, run: Run, decode: Round, batching: Batching, chunk: int = CHUNK, alone: bool = False) -> None:
+        self.run, self.decode, self.batching, self.alone = run, decode, batching, alone
         self.chunk = max(chunk, run.min_rows)
         self.stats = BatchStats()
         self.places: list[Job | None] = [None] * len(run.texts)
@@ -134,9 +135,11 @@ class Scheduler:
 
     def _group(self, running: list[int]) -> list[int]:
         """The sequences of the next pass."""
+        waited = {b: job.waited for b in running if (job := self.places[b])}
+        if self.alone:
+            return [max(running, key=lambda b: waited[b])]
         if self.batching.policy == "lengths":
             return running
-        waited = {b: job.waited for b in running if (job := self.places[b])}
         lengths = {b: int(self.run.cache.lengths[b]) for b in running}
         return regroup(lengths, waited, self.batching.sequences, self.batching.patience)
 
