@@ -218,9 +218,9 @@ class Executable:
     def serve(self, max_batch: int | None = None, *, capacity: int | None = None) -> Server:
         """A server that answers many prompts at once: they join and leave the batch while others run.
 
-        `max_batch` sequences share a pass (default: the plan's `batching`, else 4), each with a cache of `capacity` tokens (default: what the
-        artifact was compiled for). Every answer equals its single run at the same minimum of rows: that of `generate`, if the plan drafts or
-        has `batching`.
+        `max_batch` sequences share a pass (default: the plan's `batching`, else 4), each with room for `capacity` tokens, prompt included
+        (default 1024; at most what the artifact was compiled for). Every answer equals its single run at the same minimum of rows: that of
+        `generate`, if the plan drafts or has `batching`.
         """
         from planc.runtime.server import Server
 

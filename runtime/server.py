@@ -21,6 +21,8 @@ from planc.runtime.text import StreamDecoder
 
 SHARED_CHUNK = 32  #: prompt rows between two passes of running answers, where it was measured that passes of any length agree bit for bit
 
+CAPACITY = 1024  #: tokens of a sequence, prompt included, unless told: memory, which some operators clear whole for every new prompt
+
 
 class Handle:
     """An answer that a server is making. Iterating gives its chunks, from the first one, as they come; may be used from any thread."""
@@ -128,7 +130,7 @@ class Server:
         self._handles = dict[Job, Handle]()
         self._work = threading.Condition()
         self._closed = False
-        slots = min(executable.capacity, capacity + DRAFT_SLOTS if capacity else executable.capacity)
+        slots = min(executable.capacity, (capacity or CAPACITY) + DRAFT_SLOTS)
         self._scheduler = self._make(batching, slots)
         self._thread = threading.Thread(target=self._loop, name="planc server", daemon=True)
         self._thread.start()

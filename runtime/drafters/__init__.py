@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Verified
+from planc.runtime.drafters.ngram_table import NgramTable
 from planc.runtime.drafters.prompt_lookup import PromptLookup
 from planc.runtime.drafters.token_recycling import TokenRecycling
 
-__all__ = ["Context", "Drafter", "DrafterPart", "PromptLookup", "TokenRecycling", "Verified"]
+__all__ = ["Context", "Drafter", "DrafterPart", "NgramTable", "PromptLookup", "TokenRecycling", "Verified"]
