@@ -124,14 +124,18 @@ class Server:
     def __init__(self, executable: Executable, max_batch: int | None = None, capacity: int | None = None) -> None:
         plan = executable.decode.batching or Batching()
         batching = plan if max_batch is None else plan.model_copy(update={"sequences": max_batch, "window": None})
-        if batching.sequences < 1:
-            raise InputError("input-invalid", f"max_batch must be at least 1, not {max_batch}")
+        for name, value in (("max_batch", max_batch), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
         self._exe, self._lane = executable, executable.take_lane()
         self._handles = dict[Job, Handle]()
         self._work = threading.Condition()
         self._closed = False
-        slots = min(executable.capacity, (capacity or CAPACITY) + DRAFT_SLOTS)
-        self._scheduler = self._make(batching, slots)
+        try:
+            self._scheduler = self._make(batching, min(executable.capacity, (capacity or CAPACITY) + DRAFT_SLOTS))
+        except BaseException:
+            executable.return_lane(self._lane)
+            raise
         self._thread = threading.Thread(target=self._loop, name="planc server", daemon=True)
         self._thread.start()
 
