@@ -77,6 +77,7 @@ class OnnxEngine:
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
         self.lane_count = int(manifest.extra.get("lanes", 0))
+        self.most_rows = manifest.signature.capacity  # RotaryEmbedding takes no more rows than its tables have positions
 
     def _session(self, file: str) -> ort.InferenceSession:
         try:
@@ -103,20 +104,20 @@ class OnnxEngine:
             self._pack(cache, which[part], _part(step, part), logits, top_k)
             if self.lane_count and part.stop - part.start > 1
             else self._run(cache, slice(int(which[part.start]), int(which[part.stop - 1]) + 1), _part(step, part), logits, top_k)
-            for part in self._parts(which)
+            for part in self._parts(which, step.tokens.shape[1])
         ]
         if len(parts) == 1:
             return parts[0]
         taps = {n: np.concatenate([p.taps[n] for p in parts]) for n in self.spec.taps}
         return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
 
-    def _parts(self, which: Ints) -> list[slice]:
+    def _parts(self, which: Ints, rows: int) -> list[slice]:
         """What runs together: neighbours in the cache where the graph takes batches, as many as there are lanes, or one."""
         count = len(which)
         if self.batches:
             cuts = [0, *(i for i in range(1, count) if which[i] != which[i - 1] + 1), count]
         else:
-            cuts = [*range(0, count, max(1, self.lane_count)), count]
+            cuts = [*range(0, count, max(1, min(self.lane_count, self.most_rows // rows))), count]
         return [slice(start, stop) for start, stop in pairwise(cuts)]
 
     def _pack(self, cache: OnnxCache, which: Ints, step: Step, logits: bool, top_k: bool) -> Outputs:

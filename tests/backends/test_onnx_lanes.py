@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_tiny import FAMILIES, VOCAB, apply, decoding, onnx_engine, raised
+from models_tiny import FAMILIES, MAX_LENGTH, VOCAB, apply, decoding, onnx_engine, raised, token_ids
 
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.lanes import LANES_FILE, write_lanes
@@ -119,3 +119,14 @@ def test_prompts_of_different_length_give_the_outputs_of_their_last_rows(engine:
 def test_attention_that_is_not_fused_has_no_lanes(tmp_path: Path) -> None:
     lower(decoding(raised("llama"), "split"), tmp_path, positions=64)
     assert write_lanes(tmp_path, 4) == 0
+
+
+def test_more_rows_than_positions_go_in_several_passes(tmp_path: Path) -> None:
+    engine = onnx_engine(decoding(raised("llama")), tmp_path, lanes=3)
+    cache, tokens = engine.new_cache(3, MAX_LENGTH), token_ids(3, MAX_LENGTH // 2).numpy()
+    out = engine.forward(cache, Step(tokens, logits_from=tokens.shape[1] - 2), logits=True)
+    assert out.logits is not None and out.logits.shape == (3, 2, VOCAB)
+    for b in range(3):
+        one = engine.forward(engine.new_cache(1, MAX_LENGTH), Step(tokens[b : b + 1], logits_from=tokens.shape[1] - 2), logits=True)
+        assert one.logits is not None
+        assert np.array_equal(out.logits[b], one.logits[0])
