@@ -53,6 +53,7 @@ class EngineSpec:
     top_k: int = 0  # width of `top_ids`, 0 when the graph has none
     trees: bool = True  # `Step.parents` accepted
     taps: tuple[str, ...] = ()
+    ragged: bool = False  # rows beyond `Step.counts` are left out of the pass, so that sequences may bring different numbers of them
 
 
 class Cache(Protocol):

@@ -68,7 +68,8 @@ class OnnxEngine:
         options.log_severity_level = 3
         self.directory = directory
         self.session = self._session(file)
-        self.spec: EngineSpec = manifest.signature.spec()
+        self.lane_count = int(manifest.extra.get("lanes", 0))
+        self.spec: EngineSpec = replace(manifest.signature.spec(), ragged=self.lane_count > 0)
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
         self.inputs = [n for n in inputs if n not in self.states]
@@ -76,7 +77,6 @@ class OnnxEngine:
         outputs = {o.name: o for o in self.session.get_outputs()}
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
-        self.lane_count = int(manifest.extra.get("lanes", 0))
         self.most_rows = manifest.signature.capacity  # RotaryEmbedding takes no more rows than its tables have positions
 
     def _session(self, file: str) -> ort.InferenceSession:

@@ -117,7 +117,7 @@ class Run:
         self.eos = frozenset(eos)
         self.stats = stats if stats is not None else Stats()
         self.limit = min(cache.capacity, engine.spec.max_length)
-        self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass
+        self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass; rows of a sequence, on average where they differ
         keys = range(len(prompts)) if ids is None else ids
         self.texts = [
             self.text(prompt, decode, key, stop, f"prompt {b}") for b, (key, prompt) in enumerate(zip(keys, prompts, strict=True))
@@ -245,7 +245,8 @@ class Run:
             self.stats.prefill_seconds += seconds
         else:
             width = step.tokens.shape[1]
-            self.rows = width if step.counts is None else max(self.min_rows, -(-int(step.counts.sum()) // len(step.counts)))
+            ragged = step.counts is not None and len(step.counts) > 1 and self.engine.spec.ragged
+            self.rows = -(-int(step.counts.sum()) // len(step.counts)) if ragged and step.counts is not None else width
             self.pass_ms = seconds * 1e3
             self.stats.passes += 1
             self.stats.rows += width

@@ -51,6 +51,8 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
 def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
     """Draft and verify once for each of these sequences, in one pass."""
     batch = len(live)
+    ragged = batch > 1 and run.engine.spec.ragged
+    least = 1 if ragged else run.min_rows  # a ragged pass has rows enough, and pays for every one of them
     drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
     for b, draft in drafts.items():  # 1. draft: every drafter adds its guesses to the one tree of the sequence
         context = Context(b, run.texts[b].tokens, controller.budget, min(controller.tree.depth, run.texts[b].left - 1))
@@ -58,7 +60,8 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
             drafter.propose(context, draft)
     # 2. choose how much of it this pass is worth; nothing at all is always a choice
     past = [int(run.cache.lengths[b]) for b in live]
-    chosen = controller.select(list(drafts.values()), past, run.room(live), batch, min_rows=run.min_rows, trees=trees, block=block)
+    room = run.room(live)
+    chosen = controller.select(list(drafts.values()), past, room, batch, min_rows=least, trees=trees, block=block, ragged=ragged)
     verified = dict(zip(live, chosen, strict=True))
     outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
     committed = 0
@@ -69,4 +72,4 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
         run.teach(b, tree, path, outputs)
         committed += len(pieces[0].tokens)
         yield from pieces
-    controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=run.min_rows)
+    controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=least)

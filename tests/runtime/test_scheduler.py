@@ -41,7 +41,7 @@ def scheduler(
     **options: Any,
 ) -> Scheduler:
     run = Run(engine, engine.new_cache(slots, 160), [], Decode(), made or (), **options)
-    controller = Controller(Tree(budget=5))
+    controller = Controller(Tree(budget="auto" if engine.spec.ragged else 5))
     work = (lambda live: one_token(run, live)) if made is None else (lambda live: one_round(run, live, controller, True, None))
     return Scheduler(run, work, batching or Batching(), chunk)
 
@@ -111,6 +111,19 @@ def test_every_order_of_arrival_gives_the_same_texts() -> None:
             served.turn()
         drain(served)
         assert [jobs[i].text.tokens for i in range(4)] == wanted
+
+
+def test_a_ragged_engine_gets_rows_where_they_promise_most() -> None:
+    engine = ToyEngine(V, ragged=True, least=2)
+    wanted = [alone(engine, prompt, 40, key=i) for i, prompt in enumerate(PROMPTS[:3])]
+    sure = Oracle([*wanted[:1], [], []], V)
+    served = scheduler(engine, 3, [sure])
+    jobs = [job(served, prompt, 40, key=i) for i, prompt in enumerate(PROMPTS[:3])]
+    for one in jobs:
+        served.submit(one)
+    drain(served)
+    assert [one.text.tokens for one in jobs] == wanted
+    assert jobs[0].stats.passes < 12 < jobs[1].stats.passes == 39
 
 
 def test_settings_belong_to_the_request() -> None:
@@ -294,7 +307,9 @@ def test_no_keys_or_values_are_moved_to_align_sequences(batching: Batching, monk
 def test_property_random_arrivals_and_cancels(data: st.DataObject) -> None:
     draw = data.draw
     vocab = draw(st.integers(2, 30))
-    engine = ToyEngine(vocab, seed=draw(st.integers(0, 99)), predictable=draw(st.sampled_from([0.0, 0.5, 1.0])), least=2)
+    engine = ToyEngine(
+        vocab, seed=draw(st.integers(0, 99)), predictable=draw(st.sampled_from([0.0, 0.5, 1.0])), least=2, ragged=draw(st.booleans())
+    )
     eos = draw(st.sets(st.integers(0, vocab - 1), max_size=1))
     batching = draw(st.sampled_from([Batching(), Batching(policy="regroup", sequences=2, patience=2)]))
     made = draw(st.sampled_from([None, [PromptLookup().build(vocab), TokenRecycling(k=3).build(vocab)], [Bush(vocab, 1)]]))

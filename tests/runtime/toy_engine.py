@@ -71,8 +71,9 @@ class ToyEngine:
         trees: bool = True,
         max_length: int = 4096,
         least: int = 1,
+        ragged: bool = False,
     ) -> None:
-        self.spec = EngineSpec(vocab, max_length, top_k=top_k, trees=trees)
+        self.spec = EngineSpec(vocab, max_length, top_k=top_k, trees=trees, ragged=ragged)
         self.seed, self.predictable, self.least = seed, predictable, least
         self.passes: list[tuple[list[int], int, bool]] = []  # lengths, rows, whether the step was a tree
         self.taken: list[list[int]] = []  # sequences of every pass
