@@ -87,3 +87,8 @@ class Decode(_Section):
     )
     speculative: Speculative | None = None
     batching: Batching | None = None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes of batches whose cost matters."""
+        return (1,) if self.batching is None else (1, self.batching.sequences)

@@ -11,6 +11,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,13 +20,17 @@ from pydantic import ValidationError
 from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract
 from planc.runtime.controller import Controller
-from planc.runtime.decode import Decode
+from planc.runtime.decode import Batching, Decode
 from planc.runtime.drafters import Drafter
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.loops import Piece, Stats, autoregressive, speculative
 from planc.runtime.loops import Text as Sequence_
+from planc.runtime.loops.autoregressive import one_token
+from planc.runtime.loops.run import CHUNK, Run
+from planc.runtime.loops.speculative import one_round
 from planc.runtime.prompts import Prompt, read_prompts
+from planc.runtime.scheduler import Round, Scheduler
 from planc.runtime.text import StreamDecoder, Text
 
 if TYPE_CHECKING:
@@ -34,6 +39,8 @@ if TYPE_CHECKING:
 DRAFT_SLOTS = 64  #: cache slots beyond prompt and answer, for rows that are drafted and rejected
 CACHE_STEP = 256  #: caches are made in multiples of this many slots, so that the next call can use the last one's memory
 BATCH = 8  #: prompts that go through one pass together
+SERVED = 1024  #: tokens of a sequence of a server, unless told: some operators clear a cache whole for every new prompt
+SHARED_CHUNK = 32  #: prompt rows between two tokens of the other answers of a server
 
 FINISH = {"eos": "stop", "stop": "stop_string", "length": "length", "cancelled": "cancelled"}  #: of a loop -> finish_reason
 
@@ -89,7 +96,7 @@ class Chunk:
 
 
 @dataclass
-class Lane:
+class _Lane:
     """What one running call uses alone and hands back for the next one."""
 
     drafters: list[Drafter]
@@ -135,7 +142,7 @@ class Executable:
         self.manifest, self.directory = manifest, directory
         self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
         self.capacity = min(engine.spec.max_length, manifest.signature.capacity if manifest is not None else engine.spec.max_length)
-        self._idle: list[Lane] = []
+        self._idle: list[_Lane] = []
         self._lock = threading.Lock()
 
     @property
@@ -191,7 +198,7 @@ class Executable:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
         prompts, single = read_prompts(self.text, prompt, chat)
-        chunks = self._stream(prompts, self.settings(max_new_tokens, stop, sampling))
+        chunks = self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
         answers = {chunk.index: chunk.generation for chunk in chunks if chunk.generation is not None}
         return answers[0] if single else [answers[i] for i in range(len(prompts))]
 
@@ -213,7 +220,7 @@ class Executable:
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
         prompts, _ = read_prompts(self.text, prompt, chat)
-        return self._stream(prompts, self.settings(max_new_tokens, stop, sampling))
+        return self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
 
     def serve(self, max_batch: int | None = None, *, capacity: int | None = None) -> Server:
         """A server that answers many prompts at once: they join and leave the batch while others run.
@@ -224,7 +231,19 @@ class Executable:
         """
         from planc.runtime.server import Server
 
-        return Server(self, max_batch, capacity)
+        for name, value in (("max_batch", max_batch), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
+        batching = self.decode.batching or Batching()
+        if max_batch is not None:
+            batching = batching.model_copy(update={"sequences": max_batch, "window": None})
+        lane = self._take_lane()
+        try:
+            scheduler = self._scheduler(lane, batching, min(self.capacity, (capacity or SERVED) + DRAFT_SLOTS))
+            return Server(scheduler, self.text, self._settings, lambda: self._return_lane(lane))
+        except BaseException:
+            self._return_lane(lane)
+            raise
 
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
@@ -281,7 +300,7 @@ class Executable:
 
     # ---- one call ----
 
-    def settings(self, max_new_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any]) -> Decode:
+    def _settings(self, max_new_tokens: int | None, stop: str | Sequence[str] | None, sampling: dict[str, Any]) -> Decode:
         """The plan's decode section with this call's values, checked."""
         given = {name: value for name, value in sampling.items() if value is not None}
         changes: dict[str, Any] = {"sampling": {**self.decode.sampling.model_dump(), **given}}
@@ -324,7 +343,7 @@ class Executable:
             answer.fresh += answer.decoder.push(sequence.tokens[-1])
             return answer.decoder.stop is not None
 
-        lane, stats, credited = self.take_lane(), Stats(), Counter[str]()
+        lane, stats, credited = self._take_lane(), Stats(), Counter[str]()
         try:
             cache = self._cache(lane, answers, decode)
             for piece in self._loop(lane, cache, answers, decode, stop, stats):
@@ -334,9 +353,9 @@ class Executable:
                 credited = Counter(stats.accepted_by)
                 yield self._chunk(answer, piece, sources, stats)
         finally:
-            self.return_lane(lane)
+            self._return_lane(lane)
 
-    def _loop(self, lane: Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
+    def _loop(self, lane: _Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
         prompts = [answer.prompt for answer in answers]
         common: dict[str, Any] = {
             "eos": self.eos_ids,
@@ -375,26 +394,40 @@ class Executable:
             text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
         )
 
+    def _scheduler(self, lane: _Lane, batching: Batching, slots: int) -> Scheduler:
+        """The plan's loop over a cache of its own, whose sequences come and go."""
+        exactness, speculative = self.contract.exactness, self.decode.speculative
+        places = batching.sequences if batching.policy == "lengths" else batching.window or 4 * batching.sequences
+        cache = self.engine.new_cache(places, slots)
+        run = Run(self.engine, cache, [], self.decode, lane.drafters, eos=self.eos_ids, min_rows=self.shared_rows)
+        if speculative is None:
+            turn: Round = partial(one_token, run)
+        else:
+            run.require_trees(speculative.tree.shape == "tree")
+            trees, block = self.trees_allowed and self.engine.spec.trees, exactness.tree_block if exactness is not None else None
+            turn = partial(one_round, run, controller=lane.controller, trees=trees, block=block)
+        # a prompt in other pieces than alone: only where passes of any length were seen to agree
+        chunk = SHARED_CHUNK if exactness is not None and exactness.chains == "bitwise" else CHUNK
+        return Scheduler(run, turn, batching, chunk, alone=not self.batches_agree)
+
     # ---- what is kept between calls ----
 
-    def take_lane(self) -> Lane:
-        """What a call uses alone: its drafters, controller and cache; `return_lane` hands it back for the next one."""
+    def _take_lane(self) -> _Lane:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         part = self.decode.speculative
         if part is None:
-            return Lane([], Controller())
+            return _Lane([], Controller())
         drafters = [drafter.build(self.engine.spec.vocab_size) for drafter in part.drafter]
         controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
-        return Lane(drafters, controller)
+        return _Lane(drafters, controller)
 
-    def return_lane(self, lane: Lane) -> None:
-        """See `take_lane`."""
+    def _return_lane(self, lane: _Lane) -> None:
         with self._lock:
             self._idle.append(lane)
 
-    def _cache(self, lane: Lane, answers: list[_Answer], decode: Decode) -> Cache:
+    def _cache(self, lane: _Lane, answers: list[_Answer], decode: Decode) -> Cache:
         """The lane's empty cache if it has the right shape, else a new one. Sized for the call: memory that is not used is not taken."""
         slots = max(len(answer.prompt) for answer in answers) + decode.max_new_tokens + self.min_rows + DRAFT_SLOTS
         slots = min(self.capacity, -(-slots // CACHE_STEP) * CACHE_STEP)

@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
-from planc.runtime.decode import Batching
+from planc.runtime.decode import Decode
 from planc.runtime.errors import InputError
-from planc.runtime.executable import DRAFT_SLOTS, FINISH, Chunk, Executable, Generation, GenerationStats
+from planc.runtime.executable import FINISH, Chunk, Generation, GenerationStats
+from planc.runtime.loops import Stats
 from planc.runtime.loops import Text as Sequence_
-from planc.runtime.loops.autoregressive import one_token
-from planc.runtime.loops.run import CHUNK, Run, Stats
-from planc.runtime.loops.speculative import one_round
 from planc.runtime.prompts import Prompt, read_prompts
-from planc.runtime.scheduler import BatchStats, Event, Job, Round, Scheduler
-from planc.runtime.text import StreamDecoder
+from planc.runtime.scheduler import BatchStats, Event, Job, Scheduler
+from planc.runtime.text import StreamDecoder, Text
 
-SHARED_CHUNK = 32  #: prompt rows between two passes of running answers, where it was measured that passes of any length agree bit for bit
-
-CAPACITY = 1024  #: tokens of a sequence, prompt included, unless told: memory, which some operators clear whole for every new prompt
+Settings = Callable[[int | None, str | Sequence[str] | None, dict[str, Any]], Decode]  # max_new_tokens, stop, sampling
 
 
 class Handle:
@@ -121,37 +117,14 @@ class Handle:
 class Server:
     """Answers many prompts at once; made by `Executable.serve`. Leaving its `with` block waits for the answers, or cancels them after an error."""
 
-    def __init__(self, executable: Executable, max_batch: int | None = None, capacity: int | None = None) -> None:
-        plan = executable.decode.batching or Batching()
-        batching = plan if max_batch is None else plan.model_copy(update={"sequences": max_batch, "window": None})
-        for name, value in (("max_batch", max_batch), ("capacity", capacity)):
-            if value is not None and value < 1:
-                raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
-        self._exe, self._lane = executable, executable.take_lane()
+    def __init__(self, scheduler: Scheduler, text: Text, settings: Settings, release: Callable[[], None]) -> None:
+        """`settings` checks what a request gives (as `generate` does), `release` is called when the last answer is done."""
+        self._scheduler, self._text, self._settings, self._release = scheduler, text, settings, release
         self._handles = dict[Job, Handle]()
         self._work = threading.Condition()
         self._closed = False
-        try:
-            self._scheduler = self._make(batching, min(executable.capacity, (capacity or CAPACITY) + DRAFT_SLOTS))
-        except BaseException:
-            executable.return_lane(self._lane)
-            raise
         self._thread = threading.Thread(target=self._loop, name="planc server", daemon=True)
         self._thread.start()
-
-    def _make(self, batching: Batching, slots: int) -> Scheduler:
-        exe, lane = self._exe, self._lane
-        exactness, speculative = exe.contract.exactness, exe.decode.speculative
-        places = batching.sequences if batching.policy == "lengths" else batching.window or 4 * batching.sequences
-        cache = exe.engine.new_cache(places, slots)
-        run = Run(exe.engine, cache, [], exe.decode, lane.drafters, eos=exe.eos_ids, min_rows=exe.shared_rows)
-        decode: Round = lambda live: one_token(run, live)  # noqa: E731
-        if speculative is not None:
-            run.require_trees(speculative.tree.shape == "tree")
-            trees, block = exe.trees_allowed and exe.engine.spec.trees, exactness.tree_block if exactness else None
-            decode = lambda live: one_round(run, live, lane.controller, trees, block)  # noqa: E731
-        same = exactness is not None and exactness.chains == "bitwise"
-        return Scheduler(run, decode, batching, SHARED_CHUNK if same else CHUNK, alone=not exe.batches_agree)
 
     @property
     def stats(self) -> BatchStats:
@@ -179,13 +152,13 @@ class Server:
         else is being answered; give several answers to one prompt different ids.
         """
         sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
-        decode = self._exe.settings(max_new_tokens, stop, {**sampling, "repetition_penalty": repetition_penalty, "seed": seed})
-        prompts, single = read_prompts(self._exe.text, prompt, chat)
+        decode = self._settings(max_new_tokens, stop, {**sampling, "repetition_penalty": repetition_penalty, "seed": seed})
+        prompts, single = read_prompts(self._text, prompt, chat)
         if not single:
             raise InputError("input-invalid", "a request has one prompt, not a list of them", fix="submit each prompt")
         if not 0 <= id < 2**64:
             raise InputError("input-invalid", f"an id is a number from 0 to 2**64 - 1, not {id}")
-        handle = Handle(self, StreamDecoder(self._exe.text, decode.stop))
+        handle = Handle(self, StreamDecoder(self._text, decode.stop))
         handle.job = Job(self._scheduler.run.text(prompts[0], decode, id, handle.stop))
         with self._work:
             if self._closed:
@@ -227,7 +200,7 @@ class Server:
                 self._closed = True
             self._deliver(self._scheduler.fail(error))
         finally:
-            self._exe.return_lane(self._lane)
+            self._release()
 
     def _deliver(self, events: list[Event]) -> None:
         for event in events:

@@ -205,5 +205,5 @@ def test_what_drafters_learned_outlives_the_server() -> None:
     exe = executable(SPECULATIVE)
     with exe.serve() as server:
         server.submit("abcabc").result(30)
-    lane = exe.take_lane()
+    lane = exe._take_lane()
     assert (lane.drafters[1].matrix >= 0).any()  # type: ignore[attr-defined]
