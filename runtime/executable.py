@@ -39,8 +39,10 @@ if TYPE_CHECKING:
 DRAFT_SLOTS = 64  #: cache slots beyond prompt and answer, for rows that are drafted and rejected
 CACHE_STEP = 256  #: caches are made in multiples of this many slots, so that the next call can use the last one's memory
 BATCH = 8  #: prompts that go through one pass together
-SERVED = 1024  #: tokens of a sequence of a server, unless told: some operators clear a cache whole for every new prompt
-SHARED_CHUNK = 32  #: prompt rows between two tokens of the other answers of a server
+SERVED = (
+    1024  #: tokens of a sequence of a server, unless told: where memory comes in large pages, all of a cache is taken when it is first used
+)
+SHARED_CHUNK = 64  #: prompt rows between two tokens of the other answers of a server
 
 FINISH = {"eos": "stop", "stop": "stop_string", "length": "length", "cancelled": "cancelled"}  #: of a loop -> finish_reason
 
