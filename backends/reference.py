@@ -109,8 +109,11 @@ class ReferenceEngine:
     def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
         """See the engine contract."""
         assert isinstance(cache, ReferenceCache)
-        out = run(self.program, {**step_inputs(self.program, cache.lengths, step), **cache.state})
-        cache.state = {name: out[f"present.{name.partition('.')[2]}"] for name in cache.state}
+        which = np.arange(len(cache.lengths)) if step.sequences is None else step.sequences
+        state = {name: tensor[torch.from_numpy(which)] for name, tensor in cache.state.items()}
+        out = run(self.program, {**step_inputs(self.program, cache.lengths[which], step), **state})
+        for name, tensor in cache.state.items():
+            tensor[torch.from_numpy(which)] = out[f"present.{name.partition('.')[2]}"]
         return Outputs(
             argmax=out["argmax"].numpy(),
             logits=out["logits"].numpy() if logits else None,

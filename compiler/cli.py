@@ -341,7 +341,7 @@ def profile(
     exe = load(directory)
     assert exe.manifest is not None
     with progress_bar("measuring passes") as show:
-        cost = measure_cost(exe.engine, capacity=min(exe.capacity, 1024), seconds=seconds, progress=show)
+        cost = measure_cost(exe.engine, batch=exe.decode.batch_sizes, capacity=min(exe.capacity, 1024), seconds=seconds, progress=show)
     contract = exe.contract.model_copy(update={"cost": cost, "hardware": hardware()})
     if write:
         write_manifest(directory, exe.manifest.model_copy(update={"contract": contract}))

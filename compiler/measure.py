@@ -30,7 +30,7 @@ def measured(planned: Planned, note: Callable[[str], None]) -> Callable[[Engine,
         slots = min(capacity, 1024)
         exact = exactness.probe(engine, planned.text_ids, capacity=slots, tree_block=TREE_BLOCK if split else None, uses_trees=uses_trees)
         note("measuring the cost of passes")
-        cost = profile.measure_cost(engine, capacity=slots)
+        cost = profile.measure_cost(engine, capacity=slots, batch=planned.plan.decode.batch_sizes)
         return Contract(exactness=exact, cost=cost, effects=planned.effects, hardware=hardware())
 
     return measure

@@ -83,6 +83,27 @@ def _conflict(message: str, fix: str) -> PydanticCustomError:
     return PydanticCustomError("part_refused", "{message}", {"message": message, "error": error})
 
 
+class Batching(_Section):
+    """Many sequences at once: what `serve` and lists of prompts share a pass with (papers/41)."""
+
+    sequences: int = Field(4, ge=2, le=64, description="sequences that may share a pass")
+    policy: Literal["lengths", "regroup"] = Field(
+        "lengths", description="lengths: any sequences share a pass, each at its own length; regroup: only those with equal cached lengths"
+    )
+    window: int | None = Field(
+        None, ge=2, le=256, description="regroup: sequences held at once, to choose groups from; left out: 4 times `sequences`"
+    )
+    patience: int = Field(8, ge=1, description="regroup: passes that a sequence may be left out of in a row")
+
+    @model_validator(mode="after")
+    def _wide(self) -> Batching:
+        if self.window is not None and self.policy == "lengths":
+            raise ValueError("`window` belongs to `policy: regroup`")
+        if self.window is not None and self.window < self.sequences:
+            raise ValueError(f"a window of {self.window} does not hold {self.sequences} sequences")
+        return self
+
+
 class Decode(_Section):
     """How text is generated."""
 
@@ -93,3 +114,9 @@ class Decode(_Section):
         (), description="texts that end generation"
     )
     speculative: Speculative | None = None
+    batching: Batching | None = None
+
+    @property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Sizes of batches whose cost matters."""
+        return (1,) if self.batching is None else (1, self.batching.sequences)

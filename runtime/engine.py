@@ -29,6 +29,9 @@ class Step:
     tokens: Ints  # [B, R] token ids
     parents: Ints | None = CHAIN  # [B, R] parent row, -1 for a child of the cache, parents before children; None for a chain
     logits_from: int = 0  # first row whose outputs are wanted; outputs have R - logits_from rows
+    sequences: Ints | None = None  # [B] which sequences of the cache these are, ascending; None: all of them
+    counts: Ints | None = None  # [B] rows of each sequence before its padding, which an engine may leave out; None: all R
+    least: int = 1  # rows that no kernel may be given fewer than, because fewer would round differently
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class EngineSpec:
     top_k: int = 0  # width of `top_ids`, 0 when the graph has none
     trees: bool = True  # `Step.parents` accepted
     taps: tuple[str, ...] = ()
+    ragged: bool = False  # rows beyond `Step.counts` are left out of the pass, so that sequences may bring different numbers of them
 
 
 class Cache(Protocol):

@@ -11,28 +11,40 @@ import threading
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract
 from planc.runtime.controller import Controller
-from planc.runtime.decode import Decode
+from planc.runtime.decode import Batching, Decode
 from planc.runtime.drafters import Drafter, Host, Loaded
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.loops import Piece, Stats, autoregressive, speculative
 from planc.runtime.loops import Text as Sequence_
+from planc.runtime.loops.autoregressive import one_token
+from planc.runtime.loops.run import CHUNK, Run
+from planc.runtime.loops.speculative import one_round
 from planc.runtime.prompts import Prompt, read_prompts
+from planc.runtime.scheduler import Round, Scheduler
 from planc.runtime.text import StreamDecoder, Text
+
+if TYPE_CHECKING:
+    from planc.runtime.server import Server
 
 DRAFT_SLOTS = 64  #: cache slots beyond prompt and answer, for rows that are drafted and rejected
 CACHE_STEP = 256  #: caches are made in multiples of this many slots, so that the next call can use the last one's memory
 BATCH = 8  #: prompts that go through one pass together
+SERVED = (
+    1024  #: tokens of a sequence of a server, unless told: where memory comes in large pages, all of a cache is taken when it is first used
+)
+SHARED_CHUNK = 64  #: prompt rows between two tokens of the other answers of a server
 
-_FINISH = {"eos": "stop", "stop": "stop_string", "length": "length"}
+FINISH = {"eos": "stop", "stop": "stop_string", "length": "length", "cancelled": "cancelled"}  #: of a loop -> finish_reason
 
 
 @dataclass(frozen=True)
@@ -69,7 +81,7 @@ class Generation:
     text: str
     ids: list[int]
     prompt_tokens: int
-    finish_reason: str  # stop (an end token), stop_string or length
+    finish_reason: str  # stop (an end token), stop_string, length or, of a server, cancelled
     stats: GenerationStats
 
 
@@ -144,9 +156,13 @@ class Executable:
         """Rows that every pass has at least: the plan's number, else what exactness needs, else 1 where nothing is verified."""
         if self.decode.min_rows != "auto":
             return self.decode.min_rows
-        if self.decode.speculative is None:
-            return 1
-        return self.contract.exactness.min_rows if self.contract.exactness is not None else 2
+        return 1 if self.decode.speculative is None and self.decode.batching is None else self.shared_rows
+
+    @property
+    def shared_rows(self) -> int:
+        """Rows that a pass needs at least for its rows not to depend on each other; the plan's number, if it names more."""
+        exactness, planned = self.contract.exactness, self.decode.min_rows
+        return max(exactness.min_rows if exactness is not None else 2, 1 if planned == "auto" else planned)
 
     @property
     def trees_allowed(self) -> bool:
@@ -156,7 +172,13 @@ class Executable:
 
     @property
     def batches_allowed(self) -> bool:
-        """May prompts share a pass? Not where it was measured that this promises less than each prompt alone."""
+        """May prompts share a pass? Not where rows then differ from those of each prompt alone: as was measured, or with too few rows."""
+        exactness = self.contract.exactness
+        return self.batches_agree and (exactness is None or self.min_rows >= exactness.min_rows)
+
+    @property
+    def batches_agree(self) -> bool:
+        """Was it measured that sharing a pass of enough rows promises no less than each prompt alone?"""
         exactness = self.contract.exactness
         return exactness is None or (exactness.batch is not None and LEVELS.index(exactness.batch) <= LEVELS.index(exactness.chains))
 
@@ -205,6 +227,29 @@ class Executable:
         sampling |= {"repetition_penalty": repetition_penalty, "seed": seed}
         prompts, _ = read_prompts(self.text, prompt, chat)
         return self._stream(prompts, self._settings(max_new_tokens, stop, sampling))
+
+    def serve(self, max_batch: int | None = None, *, capacity: int | None = None) -> Server:
+        """A server that answers many prompts at once: they join and leave the batch while others run.
+
+        `max_batch` sequences share a pass (default: the plan's `batching`, else 4), each with room for `capacity` tokens, prompt included
+        (default 1024; at most what the artifact was compiled for). Every answer equals its single run at the same minimum of rows: that of
+        `generate`, if the plan drafts or has `batching`.
+        """
+        from planc.runtime.server import Server
+
+        for name, value in (("max_batch", max_batch), ("capacity", capacity)):
+            if value is not None and value < 1:
+                raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
+        batching = self.decode.batching or Batching()
+        if max_batch is not None:
+            batching = batching.model_copy(update={"sequences": max_batch, "window": None})
+        lane = self._take_lane()
+        try:
+            scheduler = self._scheduler(lane, batching, min(self.capacity, (capacity or SERVED) + DRAFT_SLOTS))
+            return Server(scheduler, self.text, self._settings, lambda: self._return_lane(lane))
+        except BaseException:
+            self._return_lane(lane)
+            raise
 
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
@@ -293,7 +338,8 @@ class Executable:
                     f"the prompt has {len(prompt)} tokens, the cache has room for {self.capacity - self.min_rows}",
                     fix="shorten the prompt, or compile with a larger capacity",
                 )
-        together = BATCH if self.batches_allowed else 1
+        most = self.decode.batching.sequences if self.decode.batching else BATCH
+        together = most if self.batches_allowed else 1
         groups = [range(start, min(start + together, len(prompts))) for start in range(0, len(prompts), together)]
         answers = [_Answer(i, prompt, StreamDecoder(self.text, decode.stop)) for i, prompt in enumerate(prompts)]
         return (chunk for group in groups for chunk in self._run([answers[i] for i in group], decode))
@@ -317,8 +363,7 @@ class Executable:
                 credited = Counter(stats.accepted_by)
                 yield self._chunk(answer, piece, sources, stats)
         finally:
-            with self._lock:
-                self._idle.append(lane)
+            self._return_lane(lane)
 
     def _loop(self, lane: _Lane, cache: Cache, answers: list[_Answer], decode: Decode, stop: Any, stats: Stats) -> Iterator[Piece]:
         prompts = [answer.prompt for answer in answers]
@@ -353,11 +398,27 @@ class Executable:
         text, answer.fresh = answer.fresh, ""
         answer.text += text
         if piece.finish is not None:
-            generation = Generation(answer.text, answer.ids, len(answer.prompt), _FINISH[piece.finish], _summary(answer, stats))
+            generation = Generation(answer.text, answer.ids, len(answer.prompt), FINISH[piece.finish], _summary(answer, stats))
         accepted = 0 if first else len(piece.tokens) - 1
         return Chunk(
             text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
         )
+
+    def _scheduler(self, lane: _Lane, batching: Batching, slots: int) -> Scheduler:
+        """The plan's loop over a cache of its own, whose sequences come and go."""
+        exactness, speculative = self.contract.exactness, self.decode.speculative
+        places = batching.sequences if batching.policy == "lengths" else batching.window or 4 * batching.sequences
+        cache = self.engine.new_cache(places, slots)
+        run = Run(self.engine, cache, [], self.decode, lane.drafters, eos=self.eos_ids, min_rows=self.shared_rows)
+        if speculative is None:
+            turn: Round = partial(one_token, run)
+        else:
+            run.require_trees(speculative.tree.shape == "tree")
+            trees, block = self.trees_allowed and self.engine.spec.trees, exactness.tree_block if exactness is not None else None
+            turn = partial(one_round, run, controller=lane.controller, trees=trees, block=block)
+        # a prompt in other pieces than alone: only where passes of any length were seen to agree
+        chunk = SHARED_CHUNK if exactness is not None and exactness.chains == "bitwise" else CHUNK
+        return Scheduler(run, turn, batching, chunk, alone=not self.batches_agree)
 
     # ---- what is kept between calls ----
 
@@ -372,6 +433,10 @@ class Executable:
         drafters = [drafter.build_for(host) for drafter in part.drafter]
         controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
         return _Lane(drafters, controller)
+
+    def _return_lane(self, lane: _Lane) -> None:
+        with self._lock:
+            self._idle.append(lane)
 
     def _cache(self, lane: _Lane, answers: list[_Answer], decode: Decode) -> Cache:
         """The lane's empty cache if it has the right shape, else a new one. Sized for the call: memory that is not used is not taken."""

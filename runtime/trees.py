@@ -12,7 +12,7 @@ from typing import Literal
 
 import numpy as np
 
-from planc.runtime.engine import CHAIN, Floats, Step
+from planc.runtime.engine import CHAIN, Floats, Ints, Step
 
 Cell = tuple[str | int, ...]  # what a drafter knows about a guess: (drafter key, feature, ...)
 
@@ -237,15 +237,16 @@ def chain(tokens: Sequence[int], rates: Rates | None = None) -> Draft:
     return draft
 
 
-def pack(drafts: Sequence[Draft], min_rows: int = 1) -> Step:
-    """One step `[B, R]` of all drafts, R = the longest, at least `min_rows`.
+def pack(drafts: Sequence[Draft], min_rows: int = 1, sequences: Ints | None = None) -> Step:
+    """One step `[B, R]` of all drafts, R = the longest, at least `min_rows`; `sequences` [B] names those of the cache that they belong to.
 
     Short drafts are padded by repeating their last token as a chain behind their last row: a padding row attends to real keys (no NaN), has
     a valid position, and is no row of the draft, so no walk can accept it.
     """
     rows = max(min_rows, max(len(draft) for draft in drafts))
     tokens = np.array([draft.tokens + [draft.tokens[-1]] * (rows - len(draft)) for draft in drafts], dtype=np.int64)  # [B, R]
-    if all(draft.is_chain for draft in drafts):
-        return Step(tokens, CHAIN)
-    parents = [draft.parents + list(range(len(draft) - 1, rows - 1)) for draft in drafts]
-    return Step(tokens, np.array(parents, dtype=np.int64))
+    counts = np.array([len(draft) for draft in drafts], dtype=np.int64)
+    parents = CHAIN
+    if not all(draft.is_chain for draft in drafts):
+        parents = np.array([draft.parents + list(range(len(draft) - 1, rows - 1)) for draft in drafts], dtype=np.int64)
+    return Step(tokens, parents, sequences=sequences, counts=counts, least=min_rows)

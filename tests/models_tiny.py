@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from planc.backends.onnx.artifact import signature
 from planc.backends.onnx.engine import OnnxEngine
+from planc.backends.onnx.lanes import write_lanes
 from planc.backends.onnx.lower import lower
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.printer import show
@@ -187,9 +188,12 @@ def close(have: Tensor | np.ndarray, want: Tensor | np.ndarray, tolerance: float
     assert difference <= bound, f"differs by {difference:.3g}, allowed are {bound:.3g}"  # NaN fails, too
 
 
-def onnx_engine(program: Program, directory: Path, ops: Literal["fast", "standard"] = "fast", threads: int | None = None) -> OnnxEngine:
+def onnx_engine(
+    program: Program, directory: Path, ops: Literal["fast", "standard"] = "fast", threads: int | None = None, lanes: int = 0
+) -> OnnxEngine:
     """The ONNX engine of a program with all decoding passes."""
     lower(program, directory, ops=ops, positions=MAX_LENGTH)
     batches = ops == "standard" or all(state.split for state in program.states)
-    manifest = Manifest(planc="0", signature=signature(program, MAX_LENGTH), extra={"batches": batches})
+    written = write_lanes(directory, lanes) if lanes else 0
+    manifest = Manifest(planc="0", signature=signature(program, MAX_LENGTH), extra={"batches": batches, "lanes": written})
     return OnnxEngine(directory, manifest, threads)

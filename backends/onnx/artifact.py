@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.genai import write_genai
+from planc.backends.onnx.lanes import write_lanes
 from planc.backends.onnx.lower import lower, lower_gated
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
@@ -48,6 +49,7 @@ def write_onnx(
             signature=signature(program, capacity),
             eos_ids=planned.model.eos_ids,
             extra={
+                "lanes": write_lanes(target, plan.decode.batching.sequences) if plan.decode.batching else 0,
                 "batches": plan.target.ops == "standard" or all(s.split for s in program.states),
                 **extra,
                 **write_genai(planned, target, capacity),

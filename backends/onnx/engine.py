@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from planc.backends.onnx.packed import LANES_FILE, Lanes
 from planc.runtime.artifact import Manifest
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.errors import ArtifactError
@@ -36,8 +40,9 @@ class OnnxCache:
         self.state = {name: np.zeros((batch, shape[1], slots, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
-        self.bindings: dict[tuple[str, int, bool, bool], Any] = {}  # by graph file, first sequence, outputs
-        self.buffers: dict[tuple[int, str], np.ndarray] = {}
+        self.bindings: dict[Any, Any] = {}
+        self.packed: dict[Any, Any] = {}  # bindings of the lanes
+        self.buffers: dict[Any, np.ndarray] = {}
 
     def keep(self, sequence: int, rows: Ints) -> None:
         """See the engine contract. Rows that are where they belong are not moved."""
@@ -67,18 +72,14 @@ class OnnxEngine:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None, file: str = "model.onnx") -> None:
-        options = ort.SessionOptions()
+        self.options = options = ort.SessionOptions()
         options.intra_op_num_threads = threads or manifest.target.get("threads") or os.cpu_count() or 1
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
-        try:
-            self.session = ort.InferenceSession(str(directory / file), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # onnxruntime raises its own types without a common base
-            raise ArtifactError(
-                "artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(directory), fix="compile the plan again"
-            ) from error
         self.directory, self.manifest, self.threads, self.file = directory, manifest, threads, file
-        self.spec: EngineSpec = manifest.signature.spec()
+        self.session = self._session(file)
+        self.lane_count = int(manifest.extra.get("lanes", 0))
+        self.spec: EngineSpec = replace(manifest.signature.spec(), ragged=self.lane_count > 0)
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
         self.inputs = [n for n in inputs if n not in self.states]
@@ -87,18 +88,37 @@ class OnnxEngine:
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
         self._skipping: OnnxSkipEngine | None = None
+        self.most_rows = manifest.signature.capacity  # RotaryEmbedding takes no more rows than its tables have positions
+
+    def _session(self, file: str) -> ort.InferenceSession:
+        try:
+            return ort.InferenceSession(str(self.directory / file), self.options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own types without a common base
+            raise ArtifactError(
+                "artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(self.directory), fix="compile the plan again"
+            ) from error
+
+    @cached_property
+    def lanes(self) -> Lanes:
+        """The graph for batches, loaded when the first one comes: it holds the weights a second time."""
+        return Lanes(self._session(LANES_FILE), self.lane_count, self.outputs, self.biases, self.states)
 
     def new_cache(self, batch: int, capacity: int) -> OnnxCache:
         """See the engine contract."""
         return OnnxCache(self, batch, capacity)
 
     def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
-        """See the engine contract. Fused attention takes several rows of one sequence only, so a batch goes through sequence by sequence."""
+        """See the engine contract. Without lanes fused attention takes several rows of one sequence only: a batch goes through one by one."""
         assert isinstance(cache, OnnxCache)
-        batch = step.tokens.shape[0]
-        if batch == 1 or self.batches:
-            return self._run(cache, slice(0, batch), step, logits, top_k)
-        parts = [self._run(cache, slice(b, b + 1), _one(step, b), logits, top_k) for b in range(batch)]
+        which = np.arange(len(cache.lengths)) if step.sequences is None else step.sequences
+        parts = [
+            self._pack(cache, which[part], _part(step, part), logits, top_k)
+            if self.lane_count and part.stop - part.start > 1
+            else self._run(cache, slice(int(which[part.start]), int(which[part.stop - 1]) + 1), _part(step, part), logits, top_k)
+            for part in self._parts(which, step.tokens.shape[1])
+        ]
+        if len(parts) == 1:
+            return parts[0]
         taps = {n: np.concatenate([p.taps[n] for p in parts]) for n in self.spec.taps}
         return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
 
@@ -108,8 +128,22 @@ class OnnxEngine:
             self._skipping = OnnxSkipEngine(self.directory, self.manifest, self.threads)
         return self._skipping
 
+    def _parts(self, which: Ints, rows: int) -> list[slice]:
+        """What runs together: neighbours in the cache where the graph takes batches, as many as there are lanes, or one."""
+        count = len(which)
+        if self.batches:
+            cuts = [0, *(i for i in range(1, count) if which[i] != which[i - 1] + 1), count]
+        else:
+            cuts = [*range(0, count, max(1, min(self.lane_count, self.most_rows // rows))), count]
+        return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+    def _pack(self, cache: OnnxCache, which: Ints, step: Step, logits: bool, top_k: bool) -> Outputs:
+        names = self._wanted(logits, top_k)
+        out = self.lanes.run(cache.state, cache.packed, cache.buffers, which, cache.lengths[which], step, names)
+        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), {n: out[n] for n in self.spec.taps})
+
     def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None) -> Outputs:
-        key = (self.file, part.start, logits, top_k)
+        key = (self.file, part.start, part.stop, logits, top_k)
         if key not in cache.bindings:
             cache.bindings[key] = self._bind_state(cache, part)
         binding = cache.bindings[key]
@@ -206,8 +240,10 @@ class OnnxSkipEngine:
         return outputs.argmax[0].copy()
 
 
-def _one(step: Step, b: int) -> Step:
-    return Step(step.tokens[b : b + 1], None if step.parents is None else step.parents[b : b + 1], step.logits_from)
+def _part(step: Step, part: slice) -> Step:
+    """Some sequences of a step."""
+    parents, counts = (None if a is None else a[part] for a in (step.parents, step.counts))
+    return replace(step, tokens=step.tokens[part], parents=parents, counts=counts, sequences=None)
 
 
 def _join(parts: list[Outputs], name: str) -> np.ndarray | None:

@@ -118,7 +118,7 @@ def adapt(program: Program, source: onnx.ModelProto) -> onnx.ModelProto:
     kept = {*renamed.values(), "logits"}
     outputs = [value for value in graph.output if value.name in kept]
     nodes = [*_lengths(), *_least_rows(graph), *graph.node]
-    live = _live(nodes, [value.name for value in outputs])
+    live = live_nodes(nodes, [value.name for value in outputs])
     read = {name for node in live for name in node.input}
     constants = [
         numpy_helper.from_array(np.array([1], np.int64), "genai.axis"),
@@ -173,7 +173,7 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
         value.name = renamed.get(value.name, value.name)
 
 
-def _live(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
+def live_nodes(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
     """Nodes that an output needs, in order."""
     needed, live = set(outputs), []
     for node in reversed(nodes):

@@ -4,8 +4,21 @@ from __future__ import annotations
 
 from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Host, Loaded, Verified
 from planc.runtime.drafters.draft_model import DraftModel
+from planc.runtime.drafters.ngram_table import NgramTable
 from planc.runtime.drafters.prompt_lookup import PromptLookup
 from planc.runtime.drafters.self_skip import SelfSkip
 from planc.runtime.drafters.token_recycling import TokenRecycling
 
-__all__ = ["Context", "DraftModel", "Drafter", "DrafterPart", "Host", "Loaded", "PromptLookup", "SelfSkip", "TokenRecycling", "Verified"]
+__all__ = [
+    "Context",
+    "DraftModel",
+    "Drafter",
+    "DrafterPart",
+    "Host",
+    "Loaded",
+    "NgramTable",
+    "PromptLookup",
+    "SelfSkip",
+    "TokenRecycling",
+    "Verified",
+]

@@ -29,8 +29,13 @@ def autoregressive(
 
 def _rounds(run: Run) -> Iterator[Piece]:
     yield from run.prefill()
-    while run.live:
-        outputs = run.forward(run.pack({}))  # [B, R] the pending tokens, padded to R rows
-        for b in run.live:
-            y = run.chooser(b, outputs)(0, [])
-            yield from run.commit(b, [0], [y])
+    while live := run.live:
+        yield from one_token(run, live)
+
+
+def one_token(run: Run, live: Sequence[int]) -> Iterator[Piece]:
+    """One pass: the next token of each of these sequences."""
+    outputs = run.forward(run.pack(run.pending(live)))  # [B, R] the pending tokens, padded to R rows
+    for b in live:
+        y = run.chooser(b, outputs)(0, [])
+        yield from run.commit(b, [0], [y])

@@ -9,11 +9,11 @@ from time import perf_counter
 
 import numpy as np
 
-from planc.runtime.acceptance import Choose, Target, Walk, rule_of
+from planc.runtime.acceptance import Choose, Rule, Target, Walk, rule_of
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import Context, Drafter, Verified
 from planc.runtime.drafters.base import Draw, likeliest
-from planc.runtime.engine import Cache, Engine, Outputs, Step
+from planc.runtime.engine import Cache, Engine, Ints, Outputs, Step
 from planc.runtime.errors import InputError
 from planc.runtime.sampling import Drawing, Sampler
 from planc.runtime.trees import Draft, pack
@@ -31,6 +31,9 @@ class Piece:
     finish: str | None = None
 
 
+Stop = Callable[["Text"], bool]  # asked after every committed token
+
+
 @dataclass(slots=True)
 class Text:
     """One sequence: the committed tokens, prompt included. The last one is pending."""
@@ -39,15 +42,14 @@ class Text:
     tokens: list[int]
     prompt: int  # prompt tokens
     longest: int  # most tokens that may be committed
+    sampler: Sampler
+    stop: Stop | None = None
     finish: str | None = None
 
     @property
     def left(self) -> int:
         """Tokens that may still be committed."""
         return self.longest - len(self.tokens)
-
-
-Stop = Callable[[Text], bool]  # asked after every committed token
 
 
 @dataclass(slots=True)
@@ -114,95 +116,102 @@ class Run:
         self.engine, self.cache, self.drafters = engine, cache, drafters
         self.min_rows = planned if min_rows is None else min_rows
         self.chunk = max(chunk, self.min_rows)
-        self.eos, self.stop = frozenset(eos), stop
+        self.eos = frozenset(eos)
         self.stats = stats if stats is not None else Stats()
-        self.sampler = Sampler(decode.sampling)
-        acceptance = decode.speculative.acceptance if decode.speculative is not None else "coupled"
-        self.rule = rule_of(acceptance, decode.sampling.temperature)
+        self.acceptance = decode.speculative.acceptance if decode.speculative is not None else "coupled"
         self.limit = min(cache.capacity, engine.spec.max_length)
-        self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass
+        self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass; rows of a sequence, on average where they differ
         # of the drafts for that pass; the first drafts of a text, before which a drafter may read the prompt, count as 0
         self.draft_ms = 0.0
-        # a sequence always has room for a pass of `min_rows` rows, so both loops stop at the same token when the cache is full
-        longest = self.limit - self.min_rows + 1
         keys = range(len(prompts)) if ids is None else ids
         self.texts = [
-            Text(key, list(prompt), len(prompt), min(len(prompt) + decode.max_new_tokens, longest))
-            for key, prompt in zip(keys, prompts, strict=True)
+            self.text(prompt, decode, key, stop, f"prompt {b}") for b, (key, prompt) in enumerate(zip(keys, prompts, strict=True))
         ]
-        self._check(longest)
+        if not prompts:  # all sequences are free: a scheduler puts texts in and takes them out
+            self.texts = [Text(0, [0], 0, 0, Sampler(decode.sampling), finish="free") for _ in cache.lengths]
+        self._place: dict[int, int] = {}  # sequence -> its place in the outputs of the last pass
         self._top_k = bool(engine.spec.top_k) and any(drafter.top_k for drafter in drafters)
-
-    def _check(self, longest: int) -> None:
         if len(self.texts) != len(self.cache.lengths):
             raise InputError("input-invalid", f"{len(self.texts)} prompts for a cache of {len(self.cache.lengths)} sequences")
-        for b, text in enumerate(self.texts):
-            if not text.tokens:
-                raise InputError("prompt-empty", f"prompt {b} has no tokens", fix="start it with the model's begin-of-text token")
-            if min(text.tokens) < 0 or max(text.tokens) >= self.engine.spec.vocab_size:
-                raise InputError("input-invalid", f"prompt {b} has a token outside the vocabulary of {self.engine.spec.vocab_size}")
-            if text.prompt >= longest:
-                fix = "shorten the prompt or make the cache larger"
-                raise InputError("prompt-too-long", f"prompt {b} has {text.prompt} tokens, at most {longest - 1} fit", fix=fix)
         if any(drafter.top_k for drafter in self.drafters) and not self.engine.spec.top_k:
             message = "a drafter needs top-k ids, and the graph does not return them"
             raise InputError("output-missing", message, fix="compile again with this drafter in the plan")
 
+    def text(self, prompt: Sequence[int], decode: Decode, key: int = 0, stop: Stop | None = None, name: str = "the prompt") -> Text:
+        """A text that begins with `prompt`, checked; `key` keys its sampling noise."""
+        # a sequence always has room for a pass of `min_rows` rows, so all loops stop at the same token when the cache is full
+        longest = self.limit - self.min_rows + 1
+        if not prompt:
+            raise InputError("prompt-empty", f"{name} has no tokens", fix="start it with the model's begin-of-text token")
+        if min(prompt) < 0 or max(prompt) >= self.engine.spec.vocab_size:
+            raise InputError("input-invalid", f"{name} has a token outside the vocabulary of {self.engine.spec.vocab_size}")
+        if len(prompt) >= longest:
+            fix = "shorten the prompt or make the cache larger"
+            raise InputError("prompt-too-long", f"{name} has {len(prompt)} tokens, at most {longest - 1} fit", fix=fix)
+        most = min(len(prompt) + decode.max_new_tokens, longest)
+        return Text(key, list(prompt), len(prompt), most, Sampler(decode.sampling), stop)
+
     def require_trees(self, wanted: bool) -> None:
         """Refuse a plan that insists on trees when the engine can only run chains, or the rule verify nothing else."""
-        if wanted and self.rule.chains:
+        if wanted and any(self.rule(b).chains for b in self.live):
             message = "the plan asks for draft trees, and its acceptance rule verifies chains only"
             raise InputError("input-invalid", message, fix="use tree: {shape: chain} or acceptance: recursive")
         if wanted and not self.engine.spec.trees:
             message = "the plan asks for draft trees, and this engine runs chains only"
             raise InputError("input-invalid", message, fix="use tree: {shape: auto}")
 
+    def rule(self, b: int) -> Rule:
+        """How drafts of sequence b are accepted; at temperature 0 every rule is greedy matching."""
+        return rule_of(self.acceptance, self.texts[b].sampler.sampling.temperature)
+
     @property
     def live(self) -> list[int]:
         """Sequences that are not finished."""
         return [b for b, text in enumerate(self.texts) if text.finish is None]
 
-    @property
-    def batch(self) -> int:
-        """Sequences of the cache, finished ones included."""
-        return len(self.texts)
-
-    @property
-    def room(self) -> int:
-        """Rows that the next pass may have."""
-        return self.limit - int(self.cache.lengths.max())
+    def room(self, live: Sequence[int]) -> int:
+        """Rows that the next pass of these sequences may have."""
+        return self.limit - int(self.cache.lengths[live].max())
 
     def prefill(self) -> Iterator[Piece]:
-        """Feed the prompts in chunks of rows and commit the first token of each; every later pass finds it pending.
+        """Feed the prompts in chunks of rows and commit the first token of each; every later pass finds it pending."""
+        for b in self.live:
+            self.begin(b)
+        while waiting := [b for b in self.live if self.cache.lengths[b] < self.texts[b].prompt]:
+            yield from self.feed(waiting)
+
+    def begin(self, b: int) -> None:
+        """Text b is new; what the cache holds of it already is used."""
+        self.cache.rollback(b, min(int(self.cache.lengths[b]), self.texts[b].prompt - 1))  # at least one row has to give the first logits
+        for drafter in self.drafters:
+            drafter.start(b)
+
+    def feed(self, waiting: Sequence[int]) -> Iterator[Piece]:
+        """One pass over prompt rows of the sequences `waiting`.
 
         Right padding: a shorter prompt's spare rows are repeated tokens that are never kept, so no length counts them.
         """
-        for b, text in enumerate(self.texts):
-            self.cache.rollback(b, min(int(self.cache.lengths[b]), text.prompt - 1))  # at least one row has to give the first logits
-            for drafter in self.drafters:
-                drafter.start(b)
-        while waiting := [b for b in self.live if self.cache.lengths[b] < self.texts[b].prompt]:
-            starts = self.cache.lengths.tolist()
-            # a pass ends where a prompt ends, so that outputs are needed for its last rows only
-            rest = min(self.texts[b].prompt - starts[b] for b in waiting)
-            rows = max(self.min_rows, min(self.chunk, self.room, rest))
-            parts = [list[int]() for _ in self.texts]
-            for b in waiting:
-                parts[b] = self.texts[b].tokens[starts[b] : min(starts[b] + rows, self.texts[b].prompt)]
-            tokens = [part + (part or text.tokens)[-1:] * (rows - len(part)) for part, text in zip(parts, self.texts, strict=True)]
-            first = self._first_output(parts, starts, rows)
-            outputs = self.forward(Step(np.array(tokens, dtype=np.int64), logits_from=first), prefill=True)
-            for b in waiting:
-                yield from self._fed(b, parts[b], outputs, first)
+        starts = [int(self.cache.lengths[b]) for b in waiting]
+        texts = [self.texts[b] for b in waiting]
+        # a pass ends where a prompt ends, so that outputs are needed for its last rows only
+        rest = min(text.prompt - start for text, start in zip(texts, starts, strict=True))
+        rows = max(self.min_rows, min(self.chunk, self.limit - max(starts), rest))
+        parts = [text.tokens[start : min(start + rows, text.prompt)] for text, start in zip(texts, starts, strict=True)]
+        tokens = np.array([part + part[-1:] * (rows - len(part)) for part in parts], dtype=np.int64)
+        first = self._first_output(parts, starts, texts, rows)
+        step = Step(tokens, logits_from=first, sequences=self._sequences(waiting), least=self.min_rows)
+        outputs = self.forward(step, prefill=True)
+        for b, part in zip(waiting, parts, strict=True):
+            yield from self._fed(b, part, outputs, first)
 
-    def _first_output(self, parts: Sequence[Sequence[int]], starts: Sequence[int], rows: int) -> int:
+    def _first_output(self, parts: Sequence[Sequence[int]], starts: Sequence[int], texts: Sequence[Text], rows: int) -> int:
         """First row of a prompt pass whose outputs anybody needs; at least two rows' worth, for the reason of `MIN_ROWS`."""
         first = rows - max(MIN_ROWS, self.min_rows)
         wanted = max((drafter.prompt_rows for drafter in self.drafters), default=0)
-        for part, start, text in zip(parts, starts, self.texts, strict=True):
-            if part and start + len(part) == text.prompt:
+        for part, start, text in zip(parts, starts, texts, strict=True):
+            if start + len(part) == text.prompt:
                 first = min(first, len(part) - 1)
-            if part and wanted:
+            if wanted:
                 first = min(first, max(0, text.prompt - wanted - start))
         return max(0, first)
 
@@ -244,40 +253,53 @@ class Run:
 
     def _draw(self, text: Text) -> Draw:
         """How plain decoding would choose behind guesses, from somebody else's logits."""
-        sampler, place = self.sampler, len(text.tokens)
+        sampler, place = text.sampler, len(text.tokens)
         if not sampler.needs_logits:
             return likeliest
         seen = set(text.tokens) if sampler.tracks_text else set[int]()
         return lambda logits, path: sampler.choose(logits, text.id, place + len(path), seen.union(path) if seen else ())
 
     def pack(self, drafts: Mapping[int, Draft]) -> Step:
-        """The step of a pass; a sequence without a draft has its last token as the only row."""
-        return pack([drafts.get(b) or Draft(text.tokens[-1]) for b, text in enumerate(self.texts)], self.min_rows)
+        """The step of a decoding pass: the drafts by sequence."""
+        return pack(list(drafts.values()), self.min_rows, self._sequences(list(drafts)))
+
+    def pending(self, live: Sequence[int]) -> dict[int, Draft]:
+        """Empty drafts: the pending token of each sequence as the only row."""
+        return {b: Draft(self.texts[b].tokens[-1]) for b in live}
+
+    def _sequences(self, which: Sequence[int]) -> Ints | None:
+        """`Step.sequences`; a pass of all sequences need not name them."""
+        self._place = {b: place for place, b in enumerate(which)}
+        return None if len(which) == len(self.texts) else np.array(which, dtype=np.int64)
 
     def forward(self, step: Step, *, prefill: bool = False) -> Outputs:
         """One pass, timed and counted."""
+        logits = any(self.texts[b].sampler.needs_logits for b in self._place)
         begin = perf_counter()
-        outputs = self.engine.forward(self.cache, step, logits=self.sampler.needs_logits, top_k=self._top_k)
+        outputs = self.engine.forward(self.cache, step, logits=logits, top_k=self._top_k)
         seconds = perf_counter() - begin
         if prefill:
             self.stats.prefill_passes += 1
             self.stats.prefill_seconds += seconds
         else:
-            self.rows, self.pass_ms = step.tokens.shape[1], seconds * 1e3
+            width = step.tokens.shape[1]
+            ragged = step.counts is not None and len(step.counts) > 1 and self.engine.spec.ragged
+            self.rows = -(-int(step.counts.sum()) // len(step.counts)) if ragged and step.counts is not None else width
+            self.pass_ms = seconds * 1e3
             self.stats.passes += 1
-            self.stats.rows += self.rows
+            self.stats.rows += width
             self.stats.engine_seconds += seconds
         return outputs
 
     def context(self, b: int, budget: int, depth: int, siblings: bool, paused: bool = False) -> Context:
         """What a drafter may know about sequence b."""
-        text, sampling = self.texts[b], self.sampler.sampling
+        text, sampling = self.texts[b], self.texts[b].sampler.sampling
         return Context(
             b,
             text.tokens,
             budget,
             min(depth, text.left - 1),
-            drawing=Drawing(sampling, text.id, len(text.tokens), self.rule.tested),
+            drawing=Drawing(sampling, text.id, len(text.tokens), self.rule(b).tested),
             eos=self.eos,
             siblings=siblings,
             paused=paused,
@@ -292,16 +314,17 @@ class Run:
 
         `position` is the absolute position of the token that follows the root: noise and penalties belong to the place in the text.
         """
-        text, sampler = self.texts[b], self.sampler
+        text, place = self.texts[b], self._place[b]
+        sampler = text.sampler
         if not sampler.needs_logits:
             assert outputs.argmax is not None
-            argmax = outputs.argmax[b].tolist()  # host sync: the loop needs the ids
+            argmax = outputs.argmax[place].tolist()  # host sync: the loop needs the ids
             return lambda row, path: int(argmax[row - first])
         assert outputs.logits is not None
-        place = len(text.tokens) if position is None else position
+        start = len(text.tokens) if position is None else position
         seen = frozenset(text.tokens) if sampler.tracks_text else frozenset[int]()
-        target = Target(outputs.logits[b], sampler, text.id, place, seen, first)
-        return target.choose if draft is None else self.rule.choices(draft, target)
+        target = Target(outputs.logits[place], sampler, text.id, start, seen, first)
+        return target.choose if draft is None else self.rule(b).choices(draft, target)
 
     def commit(self, b: int, rows: Sequence[int], tokens: Sequence[int], draft: Draft | None = None, *, fed: bool = False) -> list[Piece]:
         """Append `tokens` to text b up to the first that ends it, and keep the rows they came from. One piece."""
@@ -311,7 +334,7 @@ class Run:
             new.append(token)
             if token in self.eos:
                 text.finish = "eos"
-            elif self.stop is not None and self.stop(text):
+            elif text.stop is not None and text.stop(text):
                 text.finish = "stop"
             elif not text.left:
                 text.finish = "length"
@@ -324,7 +347,7 @@ class Run:
         if draft is not None:
             self._count(draft, kept)
         if text.finish and len(self.texts) > 1:
-            self.cache.rollback(b, 0)  # the batch goes on with this row as padding; it shall neither cost attention nor limit the room
+            self.cache.rollback(b, 0)  # the batch goes on without this sequence; it shall not limit the room
         return [Piece(b, new, text.finish)]
 
     def _count(self, draft: Draft, kept: Sequence[int]) -> None:
@@ -338,9 +361,9 @@ class Run:
         self._update(b, Verified(b, draft.tokens, draft.depths, path.rows, path.tokens), outputs)
 
     def _update(self, b: int, verified: Verified, outputs: Outputs) -> None:
-        count = len(verified.tokens)
+        count, place = len(verified.tokens), self._place[b]
         if outputs.top_ids is not None:
-            verified.top_ids = outputs.top_ids[b, :count]
-        verified.taps = {name: tap[b, :count] for name, tap in outputs.taps.items()}
+            verified.top_ids = outputs.top_ids[place, :count]
+        verified.taps = {name: tap[place, :count] for name, tap in outputs.taps.items()}
         for drafter in self.drafters:
             drafter.update(verified)

@@ -39,38 +39,45 @@ def speculative(
     """
     run = Run(engine, cache, prompts, decode, drafters, eos=eos, min_rows=min_rows, chunk=chunk, ids=ids, stop=stop, stats=stats)
     run.require_trees(controller.tree.shape == "tree")
-    return run.stats.timed(_rounds(run, controller, trees_allowed and engine.spec.trees and not run.rule.chains, block))
+    return run.stats.timed(_rounds(run, controller, trees_allowed and engine.spec.trees, block))
 
 
 def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
     yield from run.prefill()
     while live := run.live:
-        past = [int(run.cache.lengths[b]) for b in live]
-        # where draws are tested, how many guesses this pass is worth is settled before anything is drawn
-        cut = None
-        if run.rule.tested:
-            cut = controller.ahead(past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
-        siblings, budget = (controller.siblings(trees), controller.budget) if cut is None else (not cut.chain, cut.guesses)
-        # 1. draft: every drafter adds its guesses to the one tree of the sequence
-        drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
-        depth, paused = controller.tree.depth, controller.paused
-        run.propose(drafts, budget, depth, siblings=siblings, paused=paused, in_turn=cut is not None)
-        # 2. choose how much of it this pass is worth; nothing at all is always a choice
+        yield from one_round(run, live, controller, trees, block)
+
+
+def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
+    """Draft and verify once for each of these sequences, in one pass."""
+    batch, past, room = len(live), [int(run.cache.lengths[b]) for b in live], run.room(live)
+    ragged = batch > 1 and run.engine.spec.ragged
+    least = 1 if ragged else run.min_rows  # a ragged pass has rows enough, and pays for every one of them
+    rules = [run.rule(b) for b in live]
+    trees = trees and not any(rule.chains for rule in rules)
+    # where draws are tested, how many guesses this pass is worth is settled before anything is drawn
+    cut = None
+    if any(rule.tested for rule in rules):
+        cut = controller.ahead(past, room, batch, min_rows=least, trees=trees, block=block)
+    siblings, budget = (controller.siblings(trees), controller.budget) if cut is None else (not cut.chain, cut.guesses)
+    # 1. draft: every drafter adds its guesses to the one tree of the sequence
+    drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
+    run.propose(drafts, budget, controller.tree.depth, siblings=siblings, paused=controller.paused, in_turn=cut is not None)
+    # 2. choose how much of it this pass is worth; nothing at all is always a choice
+    if cut is not None:
+        chosen = [cut.of(draft) for draft in drafts.values()]
+    else:
+        chosen = controller.select(list(drafts.values()), past, room, batch, min_rows=least, trees=trees, block=block, ragged=ragged)
+    verified = dict(zip(live, chosen, strict=True))
+    outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
+    committed = 0
+    for b, tree in verified.items():
+        path = walk(tree, run.chooser(b, outputs, tree))  # 4. accept: follow the chosen tokens down the tree
+        pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
+        controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
         if cut is not None:
-            chosen = [cut.of(draft) for draft in drafts.values()]
-        else:
-            chosen = controller.select(list(drafts.values()), past, run.room, run.batch, min_rows=run.min_rows, trees=trees, block=block)
-        verified = dict(zip(live, chosen, strict=True))
-        outputs = run.forward(run.pack(verified))  # 3. verify: rows [B, R], one pass
-        committed = 0
-        for b, tree in verified.items():
-            path = walk(tree, run.chooser(b, outputs, tree))  # 4. accept: follow the chosen tokens down the tree
-            pieces = run.commit(b, path.rows, path.tokens, tree)  # 5. commit the accepted guesses and the token after them
-            controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
-            if cut is not None:
-                controller.judge(tree, path.rows)
-            run.teach(b, tree, path, outputs)
-            committed += len(pieces[0].tokens)
-            yield from pieces
-        tokens = committed / len(live)
-        controller.observe(run.rows, max(past), run.batch, tokens, run.pass_ms, min_rows=run.min_rows, draft_ms=run.draft_ms)
+            controller.judge(tree, path.rows)
+        run.teach(b, tree, path, outputs)
+        committed += len(pieces[0].tokens)
+        yield from pieces
+    controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=least, draft_ms=run.draft_ms)

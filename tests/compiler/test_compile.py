@@ -201,3 +201,26 @@ def make_once() -> nn.Module:
     if not _ONCE:
         _ONCE.append(make("llama", num_hidden_layers=1))
     return _ONCE[0]
+
+
+@pytest.mark.parametrize("ops", ["fast", "standard"])
+def test_batching_compiles_a_graph_for_batches(ops: str, tmp_path: Path) -> None:
+    plan = {
+        "passes": [{"quantize_weights": {}}],
+        "decode": {"batching": {"sequences": 3}, "max_new_tokens": 12, **LOOKUP["decode"]},
+        "target": {"ops": ops},
+    }
+    exe = planc.compile(make("llama"), plan, out=tmp_path / "a")
+    assert (tmp_path / "a" / "model_batch.onnx").exists() == (ops == "fast")
+    assert read_artifact(tmp_path / "a").extra["lanes"] == (3 if ops == "fast" else 0)
+    assert exe.contract.exactness is not None
+    assert exe.contract.exactness.batch == "bitwise"
+    assert exe.contract.cost is not None
+    assert exe.contract.cost.batch == (1, 3)
+    prompts = [token_ids(1, 3 + 7 * i, seed=i)[0].tolist() for i in range(5)]
+    alone = [exe.generate(prompt) for prompt in prompts]
+    assert [answer.ids for answer in exe.generate(prompts)] == [answer.ids for answer in alone]  # type: ignore[union-attr]
+    with planc.load(tmp_path / "a").serve() as server:
+        handles = [server.submit(prompt) for prompt in prompts]
+        assert [handle.result(60).ids for handle in handles] == [answer.ids for answer in alone]  # type: ignore[union-attr]
+    assert server.stats.mean > 1

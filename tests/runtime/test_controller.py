@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import product
+
 import pytest
 from drafting import Bush, Oracle, generate
 from hypothesis import given, settings
@@ -51,6 +54,35 @@ def test_no_sub_tree_promises_more_tokens_per_ms(nodes: list[tuple[int, float]],
     subsets = ([row for row in range(1, len(draft)) if mask >> (row - 1) & 1] for mask in range(1 << (len(draft) - 1)))
     closed = [rows for rows in subsets if all(draft.parents[row] in (0, *rows) for row in rows)]
     assert rate(chosen) == pytest.approx(max(rate(draft.take(rows)) for rows in closed))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(0.01, 0.99), max_size=4), min_size=2, max_size=3), st.lists(st.floats(0.0, 0.5), min_size=14, max_size=14)
+)
+def test_a_ragged_batch_puts_its_rows_where_they_promise_most(chains: list[list[float]], steps: list[float]) -> None:
+    drafts = []
+    for chain in chains:
+        drafts.append(Draft(0))
+        for row, p in enumerate(chain):
+            drafts[-1].add(row, row, ("x", row), p)
+    batch, costs = len(chains), [1.0 + sum(steps[:rows]) for rows in range(19)]  # by rows of all sequences
+    chosen = Controller(cost=lambda rows, past: costs[rows]).select(drafts, [10] * batch, 100, batch, ragged=True)
+
+    def rate(trees: Sequence[Draft]) -> float:
+        rows, rest = divmod(sum(map(len, trees)), batch)
+        cost = costs[rows * batch] + (costs[(rows + 1) * batch] - costs[rows * batch] if rest else 0.0) * rest / batch
+        return sum(sum(tree.reach()) for tree in trees) / cost
+
+    cuts = product(*(range(len(chain) + 1) for chain in chains))
+    best = max(rate([draft.take(range(1, cut + 1)) for draft, cut in zip(drafts, cut_all, strict=True)]) for cut_all in cuts)
+    assert rate(chosen) == pytest.approx(best)
+
+
+def test_a_ragged_batch_keeps_a_fixed_budget() -> None:
+    drafts = [comb(0.9), comb(0.1)]
+    chosen = Controller(Tree(budget=3)).select(drafts, [10, 10], 100, 2, ragged=True)
+    assert [len(draft) for draft in chosen] == [4, 4]
 
 
 def test_rows_that_would_be_padding_are_free() -> None:

@@ -48,6 +48,10 @@ def test_round_trip_keeps_the_plan() -> None:
         {"max_new_tokens": 0},
         {"min_rows": 0},
         {"stop": [""]},
+        {"batching": {"sequences": 1}},
+        {"batching": {"window": 8}},
+        {"batching": {"policy": "regroup", "sequences": 4, "window": 3}},
+        {"batching": {"policy": "pad"}},
         {"beams": 4},
     ],
 )

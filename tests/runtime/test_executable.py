@@ -191,10 +191,10 @@ def test_batches_run_apart_where_sharing_a_pass_promises_less() -> None:
             self.sizes.append(batch)
             return super().new_cache(batch, capacity)
 
-    for batch, sizes in (("bitwise", [2]), ("lossy", [1]), (None, [1])):
+    for batch, rows, sizes in (("bitwise", 2, [2]), ("bitwise", 1, [1]), ("lossy", 2, [1]), (None, 2, [1])):
         Counting.sizes.clear()
         contract = Contract(exactness=BITWISE.model_copy(update={"batch": batch}))
-        Executable(Counting(), Text(), Decode(max_new_tokens=4), contract).generate([[1], [2]])
+        Executable(Counting(), Text(), Decode(max_new_tokens=4, min_rows=rows), contract).generate([[1], [2]])
         assert Counting.sizes == sizes, "and the one cache serves both prompts"
 
 

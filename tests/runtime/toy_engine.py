@@ -71,10 +71,12 @@ class ToyEngine:
         trees: bool = True,
         max_length: int = 4096,
         least: int = 1,
+        ragged: bool = False,
     ) -> None:
-        self.spec = EngineSpec(vocab, max_length, top_k=top_k, trees=trees)
+        self.spec = EngineSpec(vocab, max_length, top_k=top_k, trees=trees, ragged=ragged)
         self.seed, self.predictable, self.least = seed, predictable, least
         self.passes: list[tuple[list[int], int, bool]] = []  # lengths, rows, whether the step was a tree
+        self.taken: list[list[int]] = []  # sequences of every pass
         self._handed_out: list[np.ndarray] = []
 
     def new_cache(self, batch: int, capacity: int) -> ToyCache:
@@ -95,28 +97,33 @@ class ToyEngine:
         for array in self._handed_out:
             array.fill(-1)
         batch, rows = step.tokens.shape
-        assert batch == len(cache.lengths)
+        which = list(range(len(cache.lengths))) if step.sequences is None else step.sequences.tolist()
+        assert which == sorted(set(which))
+        assert batch == len(which) <= len(cache.lengths)
+        assert step.counts is None or (step.counts.min() >= 1 and step.counts.max() <= rows)
+        assert step.least >= self.least
         assert rows >= self.least
         assert 0 <= step.logits_from < rows
         assert step.parents is None or self.spec.trees
         assert step.tokens.min() >= 0
         assert step.tokens.max() < self.spec.vocab_size
         self.passes.append((cache.lengths.tolist(), rows, step.parents is not None))
+        self.taken.append(which)
         cache.last_rows = rows
         out: Floats = np.empty((batch, rows - step.logits_from, self.spec.vocab_size), dtype=np.float32)
-        for b in range(batch):
+        for place, b in enumerate(which):
             length = int(cache.lengths[b])
             assert length + rows <= min(cache.capacity, self.spec.max_length)
             depth, paths = [0] * rows, [[0]] * rows
             for r in range(rows):
-                parent = r - 1 if step.parents is None else int(step.parents[b, r])
+                parent = r - 1 if step.parents is None else int(step.parents[place, r])
                 assert -1 <= parent < r
                 depth[r] = 0 if parent < 0 else depth[parent] + 1
                 paths[r] = [r] if parent < 0 else [*paths[parent], r]
-                cache.slots[b][length + r] = (length + depth[r], int(step.tokens[b, r]))
+                cache.slots[b][length + r] = (length + depth[r], int(step.tokens[place, r]))
             for r in range(step.logits_from, rows):
                 visible = cache.slots[b][:length] + [cache.slots[b][length + a] for a in paths[r]]
-                out[b, r - step.logits_from] = self.logits(visible)
+                out[place, r - step.logits_from] = self.logits(visible)
         outputs = Outputs(
             argmax=out.argmax(-1),
             logits=out if logits else None,
