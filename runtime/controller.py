@@ -22,6 +22,7 @@ _EXPLORE = 24  # plain rounds before speculation is tried again regardless; doub
 _EXPLORE_ROWS = 4
 _TRUST = 8  # wide passes before a plain one is made to measure it; doubles up to 32 times this
 _OUTLIER = 2.0  # a pass slower than this times its usual cost was disturbed from outside; it counts as this much
+_HURDLE = 1.03  # what a wide pass has to promise over a plain one: the best of many uncertain estimates is usually too good
 _MARGIN = 0.01  # realised rate below plain that is still noise
 _NEXT = 0.8  # acceptance of a guess by that of the one added before it, until it is learned
 
@@ -117,16 +118,17 @@ class Controller:
         low, high = self._span(most, min_rows)
         if ragged and self.tree.budget == "auto":
             taken = _most_promising(choices, reaches, costs, low * batch, high * batch)
-            self._typical += 0.1 * (max(map(len, taken)) - self._typical)
+            self._follow(max(map(len, taken)))
             return [draft.take(rows) for draft, rows in zip(drafts, taken, strict=True)]
         best, best_n, best_rate = choices[0][0], 0, -1.0
         for orders, limit in choices:
             gains = _gains(orders, reaches, limit)  # expected tokens of the pass for n = 0 ..
             for n in range(min(low, len(gains) - 1), min(high, len(gains) - 1) + 1):
-                rate = gains[n] / costs[max(n + 1, min_rows)]
+                width = max(n + 1, min_rows)
+                rate = gains[n] / (costs[width] * _HURDLE if width > min_rows else costs[width])
                 if rate > best_rate:
                     best, best_n, best_rate = orders, n, rate
-        self._typical += 0.1 * (best_n - self._typical)
+        self._follow(best_n)
         return [draft.take(order[:best_n]) for draft, order in zip(drafts, best, strict=True)]
 
     def ahead(
@@ -188,6 +190,10 @@ class Controller:
         else:
             self._strikes = max(self._strikes - 1, 0)
         self._rounds, self._spent, self._plain = 0, 0.0, 0.0
+
+    def _follow(self, taken: int) -> None:
+        """Quickly up, or the drafts of a text that begins to repeat itself would be cut short for long; slowly down."""
+        self._typical += (0.5 if taken > self._typical else 0.1) * (taken - self._typical)
 
     def _span(self, most: int, min_rows: int) -> tuple[int, int]:
         """Fewest and most guesses to consider. Up to `min_rows` - 1 guesses cost nothing: their rows would be padding otherwise."""

@@ -47,7 +47,7 @@ class Tree(_Section):
 
     shape: Literal["auto", "chain", "tree"] = Field("auto", description="auto: trees where they keep the promised exactness")
     budget: Literal["auto"] | Annotated[int, Field(ge=0)] = Field("auto", description="draft rows per pass; auto decides by measured cost")
-    depth: int = Field(12, ge=1, le=256, description="no guess is further ahead than this")
+    depth: int = Field(32, ge=1, le=256, description="no guess is further ahead than this")
 
 
 class Speculative(_Section):

@@ -20,7 +20,7 @@ def test_drafters_by_key_options_list_or_alone() -> None:
     decode = Decode.model_validate({"speculative": {"drafter": [{"prompt_lookup": {"max_ngram": 2}}, "token_recycling"]}})
     assert decode.speculative is not None
     assert decode.speculative.drafter == (PromptLookup(max_ngram=2), TokenRecycling())
-    assert decode.speculative.tree == Tree(shape="auto", budget="auto", depth=12)
+    assert decode.speculative.tree == Tree(shape="auto", budget="auto", depth=32)
     assert Speculative.model_validate({"drafter": "prompt_lookup"}).drafter == (PromptLookup(),)
     assert Speculative.model_validate({"drafter": {"token_recycling": {"k": 3}}}).drafter == (TokenRecycling(k=3),)
 
