@@ -105,7 +105,7 @@ class Lanes:
         }  # kept alive until the pass is over
         for name, array in feeds.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        out = {name: self._buffer(buffers, binding, name, packing) for name in names}
+        out = {name: self._buffer(buffers, binding, name, packing, int(which[0])) for name in names}
         self.session.run_with_iobinding(binding)
         rows = step.tokens.shape[1]
         return {
@@ -130,11 +130,12 @@ class Lanes:
                     _bias(lengths, step, lane, len(packing.attending[lane]), window) if taken else np.zeros((1, 1, 1, 1), np.float32),
                 )
 
-    def _buffer(self, buffers: dict[Any, np.ndarray], binding: Any, name: str, packing: Packing) -> np.ndarray:
+    def _buffer(self, buffers: dict[Any, np.ndarray], binding: Any, name: str, packing: Packing, first: int) -> np.ndarray:
+        """An output buffer, bound. Each group of lanes has its own, by its first sequence: a batch of several groups reads all at the end."""
         shape, dtype = self.outputs[name]
         rows = len(packing.back) if name.startswith("tap") else len(packing.wanted)
         full = (1, rows, *shape[2:])
-        count, key = int(np.prod(full)), ("lanes", name)
+        count, key = int(np.prod(full)), ("lanes", first, name)
         if key not in buffers or buffers[key].size < count:
             buffers[key] = np.empty(count, dtype)
         array = buffers[key][:count].reshape(full)

@@ -86,19 +86,22 @@ def _adaptation(base: Executable, prompts: list[list[int]]) -> Item:
 
 
 def _host_time(base: Executable, prompts: list[list[int]], plain: list[Generation]) -> Item:
-    """Drafting alone, on the texts of the plain run, 16 guesses a round."""
+    """Drafting alone, 16 guesses a round, on the texts of the plain run when the table already knows them: the most it ever has to do."""
     drafter, spent = NgramTable().build(base.engine.spec.vocab_size), list[float]()
-    for ids, answer in zip(prompts, plain, strict=True):
-        drafter.start(0)
-        for end in range(1, len(answer.ids)):
-            text = ids + answer.ids[:end]
-            draft = Draft(text[-1])
-            begin = perf_counter()
-            drafter.propose(Context(0, text, 16, 12), draft)
-            spent.append((perf_counter() - begin) * 1e3)
+    for known in (False, True):
+        for ids, answer in zip(prompts, plain, strict=True):
+            drafter.start(0)
+            for end in range(1, len(answer.ids)):
+                text = ids + answer.ids[:end]
+                draft = Draft(text[-1])
+                begin = perf_counter()
+                drafter.propose(Context(0, text, 16, 12), draft)
+                if known:
+                    spent.append((perf_counter() - begin) * 1e3)
     assert base.contract.cost is not None
-    share = float(np.median(spent)) / base.contract.cost.ms(base.min_rows, 128)
-    return Item(4, "drafting takes < 5 % of a pass", share < 0.05, {"ms": round(float(np.median(spent)), 4), "share": round(share, 4)})
+    mean = float(np.mean(spent))
+    share = mean / base.contract.cost.ms(base.min_rows, 128)
+    return Item(4, "drafting takes < 5 % of a pass", share < 0.05, {"mean_ms": round(mean, 4), "share": round(share, 4)})
 
 
 def _budgets(base: Executable, prompts: list[list[int]]) -> Item:

@@ -34,7 +34,7 @@ PROMPTS = next(
 )
 
 PAPER_TREE = Tree(shape="tree", budget=80, depth=6)
-SMALL_TREE = Tree(shape="tree", budget=16, depth=6)
+SMALL_TREE = Tree(shape="tree", budget=16, depth=16)  # as deep as 16 nodes can be; which of them are worth it is learned
 
 
 class _Frozen(RecyclingDrafter):

@@ -13,6 +13,7 @@ from models_tiny import FAMILIES, MAX_LENGTH, VOCAB, apply, decoding, onnx_engin
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.lanes import LANES_FILE, write_lanes
 from planc.backends.onnx.lower import lower
+from planc.passes.fuse_projections import FuseProjections
 from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.tap import Tap
 from planc.runtime.engine import Outputs, Step
@@ -130,3 +131,20 @@ def test_more_rows_than_positions_go_in_several_passes(tmp_path: Path) -> None:
         one = engine.forward(engine.new_cache(1, MAX_LENGTH), Step(tokens[b : b + 1], logits_from=tokens.shape[1] - 2), logits=True)
         assert one.logits is not None
         assert np.array_equal(out.logits[b], one.logits[0])
+
+
+def test_groups_of_lanes_do_not_share_their_outputs(tmp_path: Path) -> None:
+    """More sequences than lanes, one row each: what the first group returned is still there after the second has run."""
+    program = decoding(apply(raised("llama"), FuseProjections(), QuantizeWeights(format="int8")))
+    engine = onnx_engine(program, tmp_path, lanes=2)
+    cache, ids = engine.new_cache(5, 40), token_ids(5, 9).numpy()
+    engine.forward(cache, Step(ids[:, :8]))
+    for b in range(5):
+        cache.keep(b, np.arange(8))
+    together = engine.forward(cache, Step(ids[:, 8:]), logits=True).logits
+    assert together is not None
+    for b in range(5):
+        alone = engine.new_cache(1, 40)
+        engine.forward(alone, Step(ids[b : b + 1, :8]))
+        alone.keep(0, np.arange(8))
+        assert np.array_equal(together[b], engine.forward(alone, Step(ids[b : b + 1, 8:]), logits=True).logits[0])  # type: ignore[index]
