@@ -199,6 +199,7 @@ def calibration_blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> 
 
 
 def capacity_of(planned: Planned) -> int:
+    """Cache slots per sequence: what the plan asks for, or the default, as far as the model's positions go."""
     cache = next((p for p in planned.plan.passes if isinstance(p, KvCache)), None)
     wanted = planned.plan.target.capacity or (cache.capacity if cache else None) or DEFAULT_CAPACITY
     return min(wanted, planned.program.info.max_length)

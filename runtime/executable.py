@@ -63,6 +63,23 @@ class GenerationStats:
     drafted_by: dict[str, int] = field(default_factory=dict)  # drafter -> guesses verified
     accepted_by: dict[str, int] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, own: Stats, run: Stats, ttft: float, *, tokens: int | None = None, seconds: float | None = None) -> GenerationStats:
+        """Of what the loop counted for an answer (`own`) and for the run it was part of, with the seconds until its first token."""
+        return cls(
+            tokens=own.tokens if tokens is None else tokens,
+            seconds=own.total_seconds if seconds is None else seconds,
+            ttft_ms=ttft * 1e3,
+            passes=own.passes,
+            rows=own.rows,
+            tokens_per_pass=own.tokens_per_pass,
+            host_ms_per_pass=run.host_seconds * 1e3 / max(1, run.passes),
+            draft_ms_per_pass=run.draft_seconds * 1e3 / max(1, run.passes),
+            accepted=dict(sorted(own.accepted.items())),
+            drafted_by=dict(own.drafted_by),
+            accepted_by=dict(own.accepted_by),
+        )
+
     @property
     def tokens_per_s(self) -> float:
         """Decoding speed: tokens after the first, by the time after the first."""
@@ -398,7 +415,9 @@ class Executable:
         text, answer.fresh = answer.fresh, ""
         answer.text += text
         if piece.finish is not None:
-            generation = Generation(answer.text, answer.ids, len(answer.prompt), FINISH[piece.finish], _summary(answer, stats))
+            generation = Generation(
+                answer.text, answer.ids, len(answer.prompt), FINISH[piece.finish], GenerationStats.of(stats, stats, answer.ttft)
+            )
         accepted = 0 if first else len(piece.tokens) - 1
         return Chunk(
             text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
@@ -449,19 +468,3 @@ class Executable:
         for sequence in range(len(answers)):
             cache.rollback(sequence, 0)
         return cache
-
-
-def _summary(answer: _Answer, stats: Stats) -> GenerationStats:
-    return GenerationStats(
-        tokens=len(answer.ids),
-        seconds=stats.total_seconds,
-        ttft_ms=answer.ttft * 1e3,
-        passes=stats.passes,
-        rows=stats.rows,
-        tokens_per_pass=stats.tokens_per_pass,
-        host_ms_per_pass=stats.host_seconds * 1e3 / max(1, stats.passes),
-        draft_ms_per_pass=stats.draft_seconds * 1e3 / max(1, stats.passes),
-        accepted=dict(sorted(stats.accepted.items())),
-        drafted_by=dict(stats.drafted_by),
-        accepted_by=dict(stats.accepted_by),
-    )

@@ -99,18 +99,7 @@ class Handle:
 
     def _generation(self, reason: str, seconds: float, host: Stats) -> Generation:
         text, own = self.job.text, self.job.stats
-        stats = GenerationStats(
-            tokens=own.tokens,
-            seconds=seconds,
-            ttft_ms=self._first * 1e3,
-            passes=own.passes,
-            rows=own.rows,
-            tokens_per_pass=own.tokens_per_pass,
-            host_ms_per_pass=host.host_seconds * 1e3 / max(1, host.passes),
-            accepted=dict(sorted(own.accepted.items())),
-            drafted_by=dict(own.drafted_by),
-            accepted_by=dict(own.accepted_by),
-        )
+        stats = GenerationStats.of(own, host, self._first, seconds=seconds)
         return Generation(self._text, text.tokens[text.prompt :], text.prompt, reason, stats)
 
 

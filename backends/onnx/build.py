@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -151,6 +151,16 @@ class Builder:
     def dtype(self, node: Node) -> int:
         """ONNX element type of a node."""
         return onnx_dtype(node.meta["val"].dtype)
+
+
+def live_nodes(nodes: Sequence[NodeProto], outputs: Iterable[str]) -> list[NodeProto]:
+    """Nodes that an output needs, in order."""
+    needed, live = set(outputs), []
+    for node in reversed(nodes):
+        if needed.intersection(node.output):
+            live.append(node)
+            needed.update(filter(None, node.input))
+    return live[::-1]
 
 
 def onnx_dtype(dtype: torch.dtype) -> int:

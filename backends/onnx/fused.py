@@ -10,6 +10,7 @@ from torch.fx import Node
 
 from planc.backends.onnx.aten import TABLE as ATEN
 from planc.backends.onnx.build import MICROSOFT, Builder, Lowering
+from planc.backends.onnx.packed import ATTENDING
 from planc.backends.onnx.quantized import TABLE as QUANTIZED
 from planc.backends.onnx.standard import TABLE as STANDARD
 from planc.compiler.dialect import LINEARS, OPS
@@ -177,7 +178,7 @@ def _row_numbers(b: Builder, q: Node) -> str:
         numbers = b.op("Range", b.const(0), b.scalar(b.op("Max", rows, least)), b.const(1))
         return b.op("Min", numbers, b.op("Sub", rows, b.const([1], np.int64)))
 
-    least = b.tensor(LEAST_ROWS, np.array([2], np.int64))
+    least = b.tensor(LEAST_ROWS, np.array([ATTENDING], np.int64))
     return b.once(("row numbers",), make)
 
 

@@ -8,7 +8,6 @@ as GroupQueryAttention does, and describes every layer by one number of heads an
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +16,10 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from planc.backends.onnx.build import live_nodes
 from planc.backends.onnx.fused import LEAST_ROWS
 from planc.backends.onnx.lower import MODEL_FILE
+from planc.backends.onnx.packed import ATTENDING
 from planc.compiler.program import Program
 from planc.runtime.decode import Sampling
 
@@ -150,13 +151,12 @@ def _least_rows(graph: onnx.GraphProto) -> list[onnx.NodeProto]:
     sequence, and one where that loop's cache has no slot left for a spare row."""
     if all(tensor.name != LEAST_ROWS for tensor in graph.initializer):
         return []
-    three = helper.make_tensor("genai.three", TensorProto.INT64, [1], [3])
+    # less the number of sequences: what a single one needs, and too little to matter for more
+    more = helper.make_tensor("genai.more", TensorProto.INT64, [1], [ATTENDING + 1])
     return [
-        helper.make_node("Constant", [], ["genai.three"], name="genai/three", value=three),
+        helper.make_node("Constant", [], ["genai.more"], name="genai/more", value=more),
         helper.make_node("Shape", ["input_ids"], ["genai.batch"], name="genai/batch", start=0, end=1),
-        helper.make_node(
-            "Sub", ["genai.three", "genai.batch"], ["genai.wanted"], name="genai/wanted"
-        ),  # 2 for one sequence, below for more
+        helper.make_node("Sub", ["genai.more", "genai.batch"], ["genai.wanted"], name="genai/wanted"),
         helper.make_node("Shape", ["past_key_values.0.key"], ["genai.slots"], name="genai/slots", start=2, end=3),
         helper.make_node("ReduceMax", ["lengths"], ["genai.longest"], name="genai/longest", keepdims=1),
         helper.make_node("Sub", ["genai.slots", "genai.longest"], ["genai.left"], name="genai/left"),
@@ -171,16 +171,6 @@ def _rename(graph: onnx.GraphProto, renamed: dict[str, str]) -> None:
                 names[i] = renamed.get(name, name)
     for value in (*graph.input, *graph.output):
         value.name = renamed.get(value.name, value.name)
-
-
-def live_nodes(nodes: list[onnx.NodeProto], outputs: Iterable[str]) -> list[onnx.NodeProto]:
-    """Nodes that an output needs, in order."""
-    needed, live = set(outputs), []
-    for node in reversed(nodes):
-        if needed.intersection(node.output):
-            live.append(node)
-            needed.update(filter(None, node.input))
-    return live[::-1]
 
 
 def _make_all_rows(outputs: list[onnx.ValueInfoProto], ids: onnx.ValueInfoProto) -> None:

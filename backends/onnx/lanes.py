@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from planc.backends.onnx.genai import live_nodes
+from planc.backends.onnx.build import live_nodes
 from planc.backends.onnx.lower import MODEL_FILE
 from planc.backends.onnx.packed import LANES_FILE
 

@@ -10,7 +10,7 @@ from onnx import helper
 from torch.fx import Node
 
 from planc.backends.onnx import fused, quantized, standard
-from planc.backends.onnx.build import MICROSOFT, Builder, onnx_dtype, unsupported
+from planc.backends.onnx.build import MICROSOFT, Builder, live_nodes, onnx_dtype, unsupported
 from planc.backends.onnx.gates import gated
 from planc.backends.onnx.weights import WeightFile
 from planc.compiler.pipeline import dump
@@ -73,7 +73,8 @@ def build(
         builder.nodes.append(helper.make_node("Identity", [builder[node]], [name], name=f"output/{name}"))
         outputs.append(_info(name, node))
     _rename_outputs(builder, [o.name for o in outputs])
-    graph = helper.make_graph(_live(builder, outputs), program.info.name, inputs, outputs, _read(builder))
+    builder.nodes = live_nodes(builder.nodes, [o.name for o in outputs])
+    graph = helper.make_graph(builder.nodes, program.info.name, inputs, outputs, _read(builder))
     opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="planc"), builder.values
 
@@ -107,18 +108,6 @@ def _rename_outputs(builder: Builder, names: list[str]) -> None:
                 if value in taken:
                     values[i] = taken[value]
     builder.nodes = kept
-
-
-def _live(builder: Builder, outputs: list[onnx.ValueInfoProto]) -> list[onnx.NodeProto]:
-    """Nodes that an output needs, in order."""
-    needed = {o.name for o in outputs}
-    live = []
-    for node in reversed(builder.nodes):
-        if needed.intersection(node.output):
-            live.append(node)
-            needed.update(filter(None, node.input))
-    builder.nodes = live[::-1]
-    return builder.nodes
 
 
 def _read(builder: Builder) -> list[onnx.TensorProto]:

@@ -13,7 +13,7 @@ from planc.runtime.engine import Ints, Step
 from planc.runtime.rows import key_bias, positions_of
 
 LANES_FILE = "model_batch.onnx"
-_ATTENDING = 2  # rows of a lane at least: one row alone takes another kernel in the attention than several
+ATTENDING = 2  #: rows that an attention works on at least: a single one takes another kernel than several
 _BINDINGS = 16  # sets of sequences whose bindings are kept
 
 State = dict[str, np.ndarray]  # name -> [B, heads, capacity, width]
@@ -42,7 +42,7 @@ class Packing:
         start = place = 0
         attending, back, wanted, takers = list[Ints](), list[Ints](), list[Ints](), list[int]()
         for count in counts:
-            width = max(count, least, _ATTENDING)
+            width = max(count, least, ATTENDING)
             attending.append(np.minimum(np.arange(start, start + width), start + count - 1))
             back.append(np.arange(place, place + count))
             wanted.append(np.arange(start + step.logits_from, start + count))
