@@ -15,6 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import yaml
@@ -29,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 Check = Callable[[], Iterable["Item"]]
 _CHECKS: dict[int, Check] = {}
+_PACKAGE = "planc_paper_checks"
 
 
 @dataclass(frozen=True)
@@ -153,9 +155,11 @@ def _run_one(check: Check, note: Callable[[str], None]) -> dict[str, Any]:
 
 
 def _load_checks() -> dict[int, Check]:
-    """Import every file of `benchmarks/papers`; each registers itself."""
-    for path in sorted((ROOT / "benchmarks/papers").glob("p[0-9]*.py")):
-        name = f"planc_paper_checks.{path.stem}"
+    """Import every file of `benchmarks/papers`; each registers itself. They are modules of a package that exists in memory only."""
+    folder = ROOT / "benchmarks/papers"
+    sys.modules.setdefault(_PACKAGE, ModuleType(_PACKAGE)).__path__ = [str(folder)]  # so that a check can import what it shares with others
+    for path in sorted(folder.glob("p[0-9]*.py")):
+        name = f"{_PACKAGE}.{path.stem}"
         if name not in sys.modules:
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None and spec.loader is not None

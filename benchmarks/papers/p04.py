@@ -3,51 +3,34 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 
-from planc.compiler.bench import load_prompts
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
-from planc.runtime.decode import Speculative, Tree
+from planc.runtime.decode import Tree
 from planc.runtime.drafters import Context, NgramTable
 from planc.runtime.drafters.ngram_table import write_table
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.trees import Draft
+from planc_paper_checks.common import MIXED, MODEL, answers, chats, drafting, equal, per_pass
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/04-aded.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"
-
-
-def _variant(base: Executable, part: NgramTable, tree: Tree) -> Executable:
-    decode = base.decode.model_copy(update={"speculative": Speculative(drafter=(part,), tree=tree), "min_rows": base.min_rows})
-    return Executable(base.engine, base.text, decode, base.contract, base.manifest, base.directory)
-
-
-def _answers(exe: Executable, prompts: Sequence[list[int]], tokens: int = 64) -> list[Generation]:
-    answers = [exe.generate(ids, max_new_tokens=tokens) for ids in prompts]
-    assert all(isinstance(answer, Generation) for answer in answers)
-    return answers  # type: ignore[return-value]
-
-
-def _per_pass(answers: Sequence[Generation]) -> float:
-    passes = sum(answer.stats.passes for answer in answers)
-    return round(sum(answer.stats.tokens_per_pass * answer.stats.passes for answer in answers) / max(1, passes), 4)
+NEW = 64  # tokens of an answer
 
 
 @paper(4)
 def aded() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     base, _ = open_plan(PLAN, MODEL)
-    prompts = [base.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 20)]
-    plain = _answers(base.plain(), prompts)
+    prompts = chats(base, MIXED, 20)
+    plain = answers(base.plain(), prompts, NEW)
     with tempfile.TemporaryDirectory() as folder:
         yield _identical(base, prompts, plain, Path(folder))
-        yield _tokens_per_pass(base, prompts, plain, Path(folder))
+        yield _tokensper_pass(base, prompts, plain, Path(folder))
     yield _adaptation(base, prompts)
     yield _host_time(base, prompts, plain)
     yield _budgets(base, prompts[:8])
@@ -61,27 +44,24 @@ def _identical(base: Executable, prompts: list[list[int]], plain: list[Generatio
         "random table": NgramTable(source=str(folder / "random.npz")),
         "monte carlo": NgramTable(search="monte_carlo"),
     }
-    same = {
-        name: sum(a.ids == b.ids for a, b in zip(_answers(_variant(base, part, Tree(budget=8)), prompts), plain, strict=True))
-        for name, part in parts.items()
-    }
+    same = {name: equal(answers(drafting(base, part, Tree(budget=8)), prompts, NEW), plain) for name, part in parts.items()}
     return Item(1, "greedy output is identical", set(same.values()) == {len(prompts)}, {"prompts": len(prompts), **same})
 
 
-def _tokens_per_pass(base: Executable, prompts: list[list[int]], plain: list[Generation], folder: Path) -> Item:
+def _tokensper_pass(base: Executable, prompts: list[list[int]], plain: list[Generation], folder: Path) -> Item:
     """The table is counted on the model's own answers to the even prompts and used on the odd ones."""
     texts = [ids + answer.ids for ids, answer in zip(prompts, plain, strict=True)]
     write_table(folder / "own.npz", texts[::2], base.engine.spec.vocab_size, least=1)
-    cold = _per_pass(_answers(_variant(base, NgramTable(scope="request"), Tree(budget=16)), prompts[1::2]))
-    own = _per_pass(_answers(_variant(base, NgramTable(source=str(folder / "own.npz")), Tree(budget=16)), prompts[1::2]))
+    cold = per_pass(answers(drafting(base, NgramTable(scope="request"), Tree(budget=16)), prompts[1::2], NEW))
+    own = per_pass(answers(drafting(base, NgramTable(source=str(folder / "own.npz")), Tree(budget=16)), prompts[1::2], NEW))
     return Item(
         2, "tokens per pass >= 1.3 with a table of own outputs, never below 1", own >= 1.3 and cold >= 1.0, {"own": own, "cold": cold}
     )
 
 
 def _adaptation(base: Executable, prompts: list[list[int]]) -> Item:
-    exe = _variant(base, NgramTable(), Tree(budget=8))
-    first, second = (sum(answer.stats.passes for answer in _answers(exe, prompts)) for _ in range(2))
+    exe = drafting(base, NgramTable(), Tree(budget=8))
+    first, second = (sum(answer.stats.passes for answer in answers(exe, prompts, NEW)) for _ in range(2))
     return Item(3, "a second run needs >= 15 % fewer passes", second <= 0.85 * first, {"first": first, "second": second})
 
 
@@ -107,9 +87,9 @@ def _host_time(base: Executable, prompts: list[list[int]], plain: list[Generatio
 def _budgets(base: Executable, prompts: list[list[int]]) -> Item:
     found, seconds = dict[int, float](), dict[int, float]()
     for budget in (2, 4, 8, 16):
-        answers = _answers(_variant(base, NgramTable(depth=16, scope="request"), Tree(budget=budget, depth=16)), prompts)
-        found[budget] = _per_pass(answers)
-        seconds[budget] = round(sum(answer.stats.seconds for answer in answers), 4)
+        made = answers(drafting(base, NgramTable(depth=16, scope="request"), Tree(budget=budget, depth=16)), prompts, NEW)
+        found[budget] = per_pass(made)
+        seconds[budget] = round(sum(answer.stats.seconds for answer in made), 4)
     rates = list(found.values())
     rising = all(b >= 0.99 * a for a, b in zip(rates, rates[1:], strict=False))
     best = min(seconds, key=seconds.__getitem__)

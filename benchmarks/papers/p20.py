@@ -2,36 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from planc.compiler.bench import load_prompts
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
 from planc.runtime.contract import CostTable
-from planc.runtime.decode import Speculative, Tree
+from planc.runtime.decode import Tree
 from planc.runtime.drafters.base import Verified
 from planc.runtime.drafters.token_recycling import RecyclingDrafter, TokenRecycling
-from planc.runtime.executable import Executable, Generation
+from planc.runtime.executable import Executable
+from planc_paper_checks.common import MIXED, MODEL, answer, answers, chats, data, drafting, equal, per_pass
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/20-token-recycling.yaml"
 TREE_PLAN = ROOT / "benchmarks/papers/p20-tree.yaml"  # the same with trees in the graph, whatever is fastest on this machine
 
 #: Six categories of user prompts where the data is at hand, else a set of our own of the same kinds.
-PROMPTS = next(
-    p
-    for p in (
-        Path(os.environ.get("PLANC_DATA", ROOT.parent / "shared/data"), "spec_bench/prompts.jsonl"),
-        ROOT / "benchmarks/prompts/mixed.jsonl",
-    )
-    if p.is_file()
-)
+PROMPTS = data("spec_bench/prompts.jsonl") or MIXED
 
 PAPER_TREE = Tree(shape="tree", budget=80, depth=6)
 SMALL_TREE = Tree(shape="tree", budget=16, depth=16)  # as deep as 16 nodes can be; which of them are worth it is learned
@@ -61,40 +52,15 @@ class _AcceptedOnly(RecyclingDrafter):
         )
 
 
-class _Variant(Executable):
-    """The compiled plan with another drafter or tree, and optionally another class of drafter state."""
-
-    def __init__(
-        self, base: Executable, part: TokenRecycling, tree: Tree, state: type[RecyclingDrafter] | None = None, cost: CostTable | None = None
-    ) -> None:
-        decode = base.decode.model_copy(update={"speculative": Speculative(drafter=(part,), tree=tree), "min_rows": base.min_rows})
-        contract = base.contract if cost is None else base.contract.model_copy(update={"cost": cost})
-        super().__init__(base.engine, base.text, decode, contract, base.manifest, base.directory)
-        self._state = state
-
-    def drafter(self) -> RecyclingDrafter:
-        """The state that the last call used."""
-        (drafter,) = self._idle[-1].drafters
-        assert isinstance(drafter, RecyclingDrafter)
-        return drafter
-
-    def _take_lane(self) -> Any:
-        lane = super()._take_lane()
-        if self._state is not None:
-            lane.drafters[0].__class__ = self._state  # same data, another `update`
-        return lane
-
-
-def _generate(exe: Executable, ids: Sequence[int], tokens: int) -> Generation:
-    answer = exe.generate(list(ids), max_new_tokens=tokens, temperature=0.0)
-    assert isinstance(answer, Generation)
-    return answer
-
-
-def _per_pass(answers: Sequence[Generation]) -> float:
-    """Tokens per decoding pass over all answers."""
-    passes = sum(answer.stats.passes for answer in answers)
-    return round(sum(answer.stats.tokens_per_pass * answer.stats.passes for answer in answers) / max(1, passes), 4)
+def _state(exe: Executable, kind: type[RecyclingDrafter] | None = None) -> RecyclingDrafter:
+    """What the drafter knows and the next call will use; made one of `kind`: the same data, another `update`."""
+    lane = exe._take_lane()
+    exe._return_lane(lane)
+    (drafter,) = lane.drafters
+    assert isinstance(drafter, RecyclingDrafter)
+    if kind is not None:
+        drafter.__class__ = kind
+    return drafter
 
 
 @paper(20)
@@ -102,7 +68,7 @@ def token_recycling() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     base, _ = open_plan(PLAN, MODEL)
     trees, _ = open_plan(TREE_PLAN, MODEL)
-    prompts = [base.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 24)]
+    prompts = chats(base, PROMPTS, 24)
     measured, warm = prompts[:20], prompts[20:]
     yield _identical(base, trees, prompts[::4])
     yield _tokens_per_pass(trees, measured, warm)
@@ -112,7 +78,7 @@ def token_recycling() -> Iterator[Item]:
 
 
 def _identical(base: Executable, trees: Executable, prompts: list[list[int]]) -> Item:
-    plain = [_generate(base.plain(), ids, 64).ids for ids in prompts]
+    plain = answers(base.plain(), prompts, 64)
     vocab = base.engine.spec.vocab_size
     with tempfile.TemporaryDirectory() as folder:
         random, zeros = Path(folder) / "random.npy", Path(folder) / "zeros.npy"
@@ -120,29 +86,25 @@ def _identical(base: Executable, trees: Executable, prompts: list[list[int]]) ->
         np.save(zeros, np.zeros((vocab, 8), dtype=np.int32))
         variants = {
             "plan": base,
-            "random M": _Variant(base, TokenRecycling(warm=str(random)), Tree(budget=8)),
-            "zero M": _Variant(base, TokenRecycling(warm=str(zeros)), Tree(budget=8)),
-            "k=1": _Variant(base, TokenRecycling(k=1), Tree(budget=8)),
-            "one node": _Variant(base, TokenRecycling(template=((0,),)), Tree(budget=1)),
+            "random M": drafting(base, TokenRecycling(warm=str(random)), Tree(budget=8)),
+            "zero M": drafting(base, TokenRecycling(warm=str(zeros)), Tree(budget=8)),
+            "k=1": drafting(base, TokenRecycling(k=1), Tree(budget=8)),
+            "one node": drafting(base, TokenRecycling(template=((0,),)), Tree(budget=1)),
         }
-        same = {"80-node template": sum(_generate(trees, ids, 64).ids == _generate(trees.plain(), ids, 64).ids for ids in prompts)}
-        same |= {
-            name: sum(_generate(exe, ids, 64).ids == p for ids, p in zip(prompts, plain, strict=True)) for name, exe in variants.items()
-        }
+        same = {"80-node template": equal(answers(trees, prompts, 64), answers(trees.plain(), prompts, 64))}
+        same |= {name: equal(answers(exe, prompts, 64), plain) for name, exe in variants.items()}
     return Item(1, "greedy output is identical", all(count == len(prompts) for count in same.values()), {"prompts": len(prompts), **same})
 
 
 def _tokens_per_pass(base: Executable, prompts: list[list[int]], warm: list[list[int]]) -> Item:
-    hot = _Variant(base, TokenRecycling(template="paper"), PAPER_TREE)
-    for ids in warm:
-        _generate(hot, ids, 128)
-    figures = {"hot": _per_pass([_generate(hot, ids, 128) for ids in prompts])}
-    cold = _Variant(base, TokenRecycling(template="paper", scope="request"), PAPER_TREE)
-    figures["cold"] = _per_pass([_generate(cold, ids, 128) for ids in prompts])
-    small = _Variant(base, TokenRecycling(), SMALL_TREE)
-    for ids in warm:
-        _generate(small, ids, 128)
-    figures["hot_16_nodes"] = _per_pass([_generate(small, ids, 128) for ids in prompts])
+    hot = drafting(base, TokenRecycling(template="paper"), PAPER_TREE)
+    answers(hot, warm, 128)
+    figures = {"hot": per_pass(answers(hot, prompts, 128))}
+    cold = drafting(base, TokenRecycling(template="paper", scope="request"), PAPER_TREE)
+    figures["cold"] = per_pass(answers(cold, prompts, 128))
+    small = drafting(base, TokenRecycling(), SMALL_TREE)
+    answers(small, warm, 128)
+    figures["hot_16_nodes"] = per_pass(answers(small, prompts, 128))
     figures["share_of_16_nodes"] = round(figures["hot_16_nodes"] / figures["hot"], 4)
     passed = figures["hot"] >= 1.8 and figures["cold"] >= 1.5 and figures["share_of_16_nodes"] >= 0.85
     return Item(
@@ -154,14 +116,14 @@ def _tokens_per_pass(base: Executable, prompts: list[list[int]], warm: list[list
 
 
 def _memory(base: Executable, prompts: list[list[int]]) -> Item:
-    exe = _Variant(base, TokenRecycling(), SMALL_TREE)
+    exe = drafting(base, TokenRecycling(), SMALL_TREE)
     sizes: list[int] = []
     for ids in prompts:
-        _generate(exe, ids, 64)
-        drafter = exe.drafter()
+        answer(exe, ids, 64)
+        drafter = _state(exe)
         sizes.append(sum(value.nbytes for value in vars(drafter).values() if isinstance(value, np.ndarray)))
     limit = base.engine.spec.vocab_size * 8 * 4
-    matrix = exe.drafter().matrix.nbytes
+    matrix = _state(exe).matrix.nbytes
     return Item(
         3,
         "M takes V k 4 bytes and nothing grows",
@@ -172,8 +134,9 @@ def _memory(base: Executable, prompts: list[list[int]]) -> Item:
 
 def _ablations(base: Executable, prompts: list[list[int]]) -> Item:
     def tokens(new: int, state: type[RecyclingDrafter] | None = None, **options: Any) -> float:
-        exe = _Variant(base, TokenRecycling(scope="request", **options), SMALL_TREE, state)
-        return _per_pass([_generate(exe, ids, new) for ids in prompts])
+        exe = drafting(base, TokenRecycling(scope="request", **options), SMALL_TREE)
+        _state(exe, state)
+        return per_pass(answers(exe, prompts, new))
 
     figures = {
         "all_rows": tokens(96),
@@ -191,12 +154,12 @@ def _wall_clock(base: Executable, prompts: list[list[int]]) -> Item:
     """The compiled plan as it is, paired with plain; and what it drafts when drafting is made to cost nothing, or everything."""
     plain, seconds = base.plain(), {"plan": 0.0, "plain": 0.0}
     tokens = {"plan": 0, "plain": 0}
-    _generate(plain, prompts[0], 8)
+    answer(plain, prompts[0], 8)
     for turn, ids in enumerate(prompts):
         for name in ("plan", "plain") if turn % 2 else ("plain", "plan"):
-            answer = _generate(base if name == "plan" else plain, ids, 96)
-            seconds[name] += answer.stats.seconds
-            tokens[name] += answer.stats.tokens
+            stats = answer(base if name == "plan" else plain, ids, 96).stats
+            seconds[name] += stats.seconds
+            tokens[name] += stats.tokens
     ratio = tokens["plan"] / seconds["plan"] / (tokens["plain"] / seconds["plain"])
 
     def rows(price: float) -> float:
@@ -205,9 +168,9 @@ def _wall_clock(base: Executable, prompts: list[list[int]]) -> Item:
         table = CostTable(
             rows=widths, past=(16,), measured=((tuple(10.0 * (1 + price * max(0, width - base.min_rows)) for width in widths),),)
         )
-        exe = _Variant(base, TokenRecycling(), Tree(), cost=table)
-        answers = [_generate(exe, ids, 64) for ids in prompts[:4]]
-        return round(sum(a.stats.rows for a in answers) / sum(a.stats.passes for a in answers), 2)
+        exe = drafting(base, TokenRecycling(), Tree(), cost=table)
+        made = answers(exe, prompts[:4], 64)
+        return round(sum(a.stats.rows for a in made) / sum(a.stats.passes for a in made), 2)
 
     free, dear = rows(1e-4), rows(5.0)
     figures = {"ratio_to_plain": round(ratio, 4), "rows_when_free": free, "rows_when_dear": dear, "min_rows": base.min_rows}

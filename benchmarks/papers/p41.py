@@ -8,38 +8,30 @@ from typing import Any
 
 import numpy as np
 
-from planc.compiler.bench import load_prompts
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
 from planc.runtime.contract import CostTable
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Batching
-from planc.runtime.executable import Executable, Generation
+from planc.runtime.executable import Executable
 from planc.runtime.scheduler import Job, Scheduler
 from planc.runtime.server import Server
 from planc.runtime.trees import Draft
+from planc_paper_checks.common import MIXED, MODEL, answer, chats
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/41-batch-spec.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"
 
 
 @paper(41)
 def batch_spec() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     base, _ = open_plan(PLAN, MODEL)
-    prompts = [base.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 8)]
+    prompts = chats(base, MIXED, 8)
     yield _identical(base, prompts)
     yield _invariants(base, prompts)
     yield _end_inside(base, prompts[:4])
     yield _realigned(base, prompts)
     yield _throughput(base, prompts)
-
-
-def _alone(exe: Executable, ids: Sequence[int], tokens: int, **options: Any) -> Generation:
-    answer = exe.generate(list(ids), max_new_tokens=tokens, **options)
-    assert isinstance(answer, Generation)
-    return answer
 
 
 def _served(server: Server, prompts: Sequence[list[int]], tokens: int, **options: Any) -> list[list[int]]:
@@ -51,7 +43,7 @@ def _identical(base: Executable, prompts: list[list[int]]) -> Item:
     same = {}
     for name, exe in (("speculative", base), ("plain", base.plain())):
         for kind, options in (("greedy", {}), ("sampled", {"temperature": 0.8, "seed": 7})):
-            wanted = [_alone(exe, ids, 32, **options).ids for ids in prompts]
+            wanted = [answer(exe, ids, 32, **options).ids for ids in prompts]
             for batch in (2, 3, 8):
                 with exe.serve(batch) as server:
                     found = _served(server, prompts[::-1], 32, **options)[::-1]
@@ -86,7 +78,7 @@ def _invariants(base: Executable, prompts: list[list[int]]) -> Item:
 def _end_inside(base: Executable, prompts: list[list[int]]) -> Item:
     """The end token stands in the prompts: padding is known by lengths, never by ids."""
     odd = [[*ids[:5], *base.eos_ids, *ids[5:], *base.eos_ids, ids[-1]] for ids in prompts]
-    wanted = [_alone(base, ids, 32).ids for ids in odd]
+    wanted = [answer(base, ids, 32).ids for ids in odd]
     with base.serve(4) as server:
         same = sum(a == b for a, b in zip(_served(server, odd, 32), wanted, strict=True))
     return Item(3, "end tokens inside a prompt change nothing", same == len(odd), {"prompts": len(odd), "same": same})

@@ -147,6 +147,13 @@ def test_damaged_results(root: Path) -> None:
         papers.listing()
 
 
+def test_checks_share_a_module(root: Path) -> None:
+    add_check(root, 20, "from planc_paper_checks.common import figure; yield Item(2, 'second', True, {'figure': figure})")
+    (root / "benchmarks/papers/common.py").write_text("figure = 7\n")
+    papers.run(note=lambda line: None)
+    assert row(20)["measured"][1]["measured"] == {"figure": 7}  # type: ignore[index]
+
+
 def test_two_checks_for_one_paper(root: Path) -> None:
     paper(3)(list)
     with pytest.raises(AssertionError):
