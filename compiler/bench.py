@@ -10,6 +10,7 @@ import json
 import os
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from planc.runtime.errors import InputError, PlanError
 
 PAUSE = 0.05  #: seconds between two systems: threads of the last one stop spinning meanwhile
 WARM_TOKENS = 16
+_LINE = 150  # of the JSON in a file
 WARM_TEXT = "Name three rivers and say in one sentence each where they flow."  # in no prompt set, so that nothing useful is learned from it
 
 FORMS = ("plan", "plain", "plain_one_row")
@@ -49,6 +51,12 @@ class Run:
     tokens_per_pass: float | None = None
     passes: int | None = None
     host_ms_per_step: float | None = None
+    # counts as in `GenerationStats`; their keys came through JSON and are text. Empty for a peer, which cannot tell
+    purposes: dict[str, int] = field(default_factory=dict)
+    widths: dict[str, int] = field(default_factory=dict)
+    accepted: dict[str, int] = field(default_factory=dict)
+    drafted_by: dict[str, int] = field(default_factory=dict)
+    accepted_by: dict[str, int] = field(default_factory=dict)
 
     @property
     def speed(self) -> float:
@@ -194,7 +202,8 @@ def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, no
         row = {"name": name, "plan": str(plan), **compare(by_form[name], categories), **_facts(about[name], loaded[name], stored[name])}
         row["ratio_to_fastest_peer"] = round(row["tokens_per_s"] / fastest["tokens_per_s"], 4) if fastest else None
         plan_rows.append(row)
-    for row in [*plan_rows, *peer_rows]:
+    for row, runs in zip([*plan_rows, *peer_rows], [*(by_form[name]["plan"] for name in names), *(s.runs for s in others)], strict=True):
+        row["requests"] = [request(prompt, run) for prompt, run in zip(prompts, runs, strict=True)]
         row.setdefault("load_s", versions.get(row["name"], {}).get("load_s"))
         row["perplexity"] = scores.get(row["name"], {}).get("perplexity")
     return {
@@ -324,6 +333,26 @@ def _per_pass(runs: Sequence[Run]) -> float:
     return sum((run.tokens_per_pass or 0.0) * (run.passes or 0) for run in runs) / passes
 
 
+_COUNTS = ("purposes", "widths", "accepted", "drafted_by", "accepted_by")
+
+
+def request(prompt: Prompt, run: Run) -> dict[str, Any]:
+    """One prompt's line of the JSON: what it took, and the counts that are not empty."""
+    line = {"id": prompt.id, "tokens": len(run.ids), "seconds": round(run.seconds, 4), "ttft_ms": run.ttft_ms}
+    return line | {name: counts for name in _COUNTS if (counts := getattr(run, name))}
+
+
+def counted(runs: Sequence[Run]) -> dict[str, Any]:
+    """The counts of all requests together, with the mean rows of a pass and the share of each drafter's guesses that was accepted."""
+    total = {name: sum((Counter(getattr(run, name)) for run in runs), Counter[str]()) for name in _COUNTS}
+    passes, drafted = total["widths"].total(), total["drafted_by"]
+    return {
+        **{name: dict(sorted(counts.items(), key=lambda entry: entry[0].rjust(8))) for name, counts in total.items()},  # numbers ascend
+        "rows_per_pass": round(sum(int(rows) * count for rows, count in total["widths"].items()) / passes, 4) if passes else None,
+        "acceptance": {name: round(total["accepted_by"][name] / count, 4) for name, count in drafted.items() if count},
+    }
+
+
 def compare(forms: dict[str | None, list[Run]], categories: Sequence[str]) -> dict[str, Any]:
     """A plan against its plain forms: equal tokens with the one of the same minimum of rows, speed with the fastest one."""
     plan, plain = forms["plan"], forms["plain"]
@@ -332,6 +361,7 @@ def compare(forms: dict[str | None, list[Run]], categories: Sequence[str]) -> di
     result = summary(plan, categories)
     different = [index for index, (a, b) in enumerate(zip(plan, plain, strict=True)) if a.ids != b.ids]
     result |= {
+        "decoding": counted(plan),
         "identical": len(plan) - len(different),
         "different": different,
         "plain": fastest,
@@ -422,12 +452,26 @@ def _bar(title: str, wanted: bool) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: show(100 * done // max(1, total), 100)
 
 
+def _indented(value: Any, indent: str = "") -> str:
+    """JSON with what fits on a line on one line."""
+    line = json.dumps(value)
+    if not isinstance(value, dict | list) or len(indent) + len(line) <= _LINE:
+        return line
+    inner = indent + "  "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(str(name))}: {_indented(item, inner)}" for name, item in value.items()]
+    else:
+        parts = [_indented(item, inner) for item in value]
+    opening, closing = "{}" if isinstance(value, dict) else "[]"
+    return f"{opening}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{closing}"
+
+
 def save(result: dict[str, Any], output: Path) -> None:
     """Write the result as JSON, complete or not at all."""
     partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(_indented(result) + "\n", encoding="utf-8")
         os.replace(partial, output)
     except OSError as error:
         raise InputError("input-invalid", f"{output} cannot be written: {error.strerror}", where="--output") from error

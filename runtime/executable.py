@@ -59,6 +59,10 @@ class GenerationStats:
     tokens_per_pass: float
     host_ms_per_pass: float  # time outside the engine
     draft_ms_per_pass: float = 0.0  # of it in the drafters, passes of their own included
+    purposes: dict[str, int] = field(
+        default_factory=dict
+    )  # passes by purpose: prefill, plain (no guesses), verify, draft (a drafter's own)
+    widths: dict[int, int] = field(default_factory=dict)  # rows of a decoding pass, per sequence -> passes
     accepted: dict[int, int] = field(default_factory=dict)  # accepted guesses in a pass -> passes
     drafted_by: dict[str, int] = field(default_factory=dict)  # drafter -> guesses verified
     accepted_by: dict[str, int] = field(default_factory=dict)
@@ -75,6 +79,8 @@ class GenerationStats:
             tokens_per_pass=own.tokens_per_pass,
             host_ms_per_pass=run.host_seconds * 1e3 / max(1, run.passes),
             draft_ms_per_pass=run.draft_seconds * 1e3 / max(1, run.passes),
+            purposes=dict(own.purposes),
+            widths=dict(sorted(own.widths.items())),
             accepted=dict(sorted(own.accepted.items())),
             drafted_by=dict(own.drafted_by),
             accepted_by=dict(own.accepted_by),

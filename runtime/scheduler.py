@@ -146,7 +146,8 @@ class Scheduler:
     def _pass(self, group: list[int], work: Round) -> list[Event]:
         """One pass; an error in it ends the jobs that took part, and only those."""
         stats, events = self.run.stats, list[Event]()
-        passes, rows = stats.passes, stats.rows
+        passes, rows, jobs = stats.passes, stats.rows, [job for b in group if (job := self.places[b])]
+        purposes, widths = stats.purposes.copy(), stats.widths.copy()
         before = stats.drafted_by.copy(), stats.accepted_by.copy()
         try:
             for piece in work(group):
@@ -160,6 +161,9 @@ class Scheduler:
                     self._leave(piece.sequence)
         except Exception as error:  # whatever the engine raises
             events += [self._end(b, "error", error) for b in group if self.places[b] is not None]
+        for job in jobs:  # a pass counts for everyone in it
+            job.stats.purposes.update(stats.purposes - purposes)
+            job.stats.widths.update(stats.widths - widths)
         return events
 
     def _count(self, job: Job, piece: Piece, passes: int, rows: int, drafted: Counter[str], accepted: Counter[str]) -> None:

@@ -58,6 +58,11 @@ class System:
             "passes": stats.passes,
             "tokens_per_pass": stats.tokens_per_pass,
             "host_ms_per_step": stats.host_ms_per_pass,
+            "purposes": stats.purposes,
+            "widths": stats.widths,
+            "accepted": stats.accepted,
+            "drafted_by": stats.drafted_by,
+            "accepted_by": stats.accepted_by,
         }
 
     def nll(self, ids: list[int]) -> float:

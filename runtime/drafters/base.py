@@ -56,7 +56,10 @@ class Verified:
 
 
 class Drafter(Protocol):
-    """Guesses text. May be shared by all sequences of a batch; must never affect what is committed, only how fast."""
+    """Guesses text. May be shared by all sequences of a batch; must never affect what is committed, only how fast.
+
+    One that runs passes of its own counts them in an attribute `passes`, for the statistics.
+    """
 
     prompt_rows: int  # how many of the last prompt rows it wants in `update` with `top_ids`; 0 for none
     top_k: int  # width of `top_ids` that it uses; 0 when it needs none

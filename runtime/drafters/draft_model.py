@@ -84,6 +84,11 @@ class ModelDrafter:
         self._economy = Economy(host, min_p, model.pass_ms)
         self._eos = frozenset(host.eos_ids)
 
+    @property
+    def passes(self) -> int:
+        """Passes of the draft model so far."""
+        return sum(source.passes for source in self._sources.values())
+
     def start(self, sequence: int) -> None:
         """The source sees by itself what it holds of the new text; only the guesses of the old one are forgotten."""
         self._economy.forget(sequence)

@@ -30,6 +30,7 @@ class ModelSource:
         """
         self.model, self.longest = model, longest
         self.held = list(held)  # draft-model ids in the cache
+        self.passes = 0  # so far
         self._text: list[int] = []  # draft-model ids of the text of the last `begin`
         self._cache = cache
 
@@ -118,6 +119,7 @@ class ModelSource:
 
     def _pass(self, ids: Sequence[int], parents: Sequence[int] | None, logits_from: int, *, logits: bool = False) -> Outputs:
         assert self._cache is not None
+        self.passes += 1
         tree = None if parents is None else np.array([parents], dtype=np.int64)
         return self.model.engine.forward(self._cache, Step(np.array([ids], dtype=np.int64), tree, logits_from), logits=logits)
 

@@ -90,6 +90,7 @@ class SkipDrafter:
 
     def __init__(self, host: Host, skip: SkipEngine, gates: Gates, min_p: Floor = "auto") -> None:
         self.skip, self.gates = skip, gates
+        self.passes = 0  # so far, with sublayers left out
         self._economy = Economy(host, min_p, skip.pass_ms(gates))
         self._eos = frozenset(host.eos_ids)
 
@@ -110,6 +111,7 @@ class SkipDrafter:
         try:
             chain(source, context, draft, most, self._economy, self._eos, "self_skip")
         finally:
+            self.passes += source.passes
             cache.rollback(context.sequence, length)
 
     def update(self, verified: Verified) -> None:

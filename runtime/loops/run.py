@@ -58,7 +58,9 @@ class Stats:
 
     passes: int = 0  # decoding passes
     rows: int = 0  # rows of the decoding passes, per sequence
-    prefill_passes: int = 0
+    # passes by purpose: prefill, plain (no guesses), verify, draft (of the drafters' own models); `passes` is plain and verify
+    purposes: Counter[str] = field(default_factory=Counter)
+    widths: Counter[int] = field(default_factory=Counter)  # rows of a decoding pass, per sequence -> how often
     tokens: int = 0  # committed, of all sequences
     accepted: Counter[int] = field(default_factory=Counter)  # accepted guesses of a sequence in a round -> how often
     drafted_by: Counter[str] = field(default_factory=Counter)  # drafter -> verified guesses that it made
@@ -237,7 +239,7 @@ class Run:
         self, drafts: Mapping[int, Draft], budget: int, depth: int, *, siblings: bool = True, paused: bool = False, in_turn: bool = False
     ) -> None:
         """Every drafter adds its guesses to the one tree of each sequence; `in_turn` they share the budget, first come first served. Timed."""
-        begin, first = perf_counter(), False
+        begin, first, passes = perf_counter(), False, self._own_passes()
         for b, draft in drafts.items():
             text = self.texts[b]
             first = first or len(text.tokens) == text.prompt + 1
@@ -249,7 +251,13 @@ class Run:
                     drafter.propose(context, draft)
         seconds = perf_counter() - begin
         self.stats.draft_seconds += seconds
+        if passes := self._own_passes() - passes:
+            self.stats.purposes["draft"] += passes
         self.draft_ms = 0.0 if first else seconds * 1e3
+
+    def _own_passes(self) -> int:
+        """Passes that the drafters have run so far."""
+        return sum(getattr(drafter, "passes", 0) for drafter in self.drafters)
 
     def _draw(self, text: Text) -> Draw:
         """How plain decoding would choose behind guesses, from somebody else's logits."""
@@ -279,7 +287,7 @@ class Run:
         outputs = self.engine.forward(self.cache, step, logits=logits, top_k=self._top_k)
         seconds = perf_counter() - begin
         if prefill:
-            self.stats.prefill_passes += 1
+            self.stats.purposes["prefill"] += 1
             self.stats.prefill_seconds += seconds
         else:
             width = step.tokens.shape[1]
@@ -288,6 +296,8 @@ class Run:
             self.pass_ms = seconds * 1e3
             self.stats.passes += 1
             self.stats.rows += width
+            self.stats.widths[width] += 1
+            self.stats.purposes["verify" if step.counts is not None and step.counts.max() > 1 else "plain"] += 1
             self.stats.engine_seconds += seconds
         return outputs
 

@@ -158,6 +158,34 @@ def test_compare_takes_tokens_from_one_plain_form_and_speed_from_the_other() -> 
     assert (slower["plain"], slower["ratio"]) == ("plain", pytest.approx(2.0))
 
 
+def test_counts_of_requests() -> None:
+    counts: dict[str, Any] = {"purposes": {"prefill": 1, "verify": 3}, "widths": {"2": 1, "16": 2}, "accepted": {"0": 2, "5": 1}}
+    counts |= {"drafted_by": {"a": 8, "b": 2}, "accepted_by": {"a": 5}}
+    one, peer = Run([1, 2], 1.0, 5.0, **counts), Run([3], 0.5)
+    assert bench.request(Prompt("7", "x", "hi"), one) == {"id": "7", "tokens": 2, "seconds": 1.0, "ttft_ms": 5.0, **counts}
+    assert bench.request(Prompt("8", "x", "ho"), peer) == {"id": "8", "tokens": 1, "seconds": 0.5, "ttft_ms": None}
+    total = bench.counted([one, one, peer])
+    assert (total["purposes"], total["accepted"]) == ({"prefill": 2, "verify": 6}, {"0": 4, "5": 2})
+    assert list(total["widths"].items()) == [("2", 2), ("16", 4)]
+    assert total["rows_per_pass"] == pytest.approx(34 / 3, abs=1e-4)
+    assert total["acceptance"] == {"a": 0.625, "b": 0.0}
+    assert bench.counted([peer])["rows_per_pass"] is None
+    described = (ROOT / "benchmarks/README.md").read_text()
+    assert all(f"`{name}`" in described for name in {*total, "requests", "ttft_ms", "decoding"})
+
+
+_JSON = st.recursive(
+    st.none() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=8) | st.dictionaries(st.text(max_size=20), inner, max_size=8),
+    max_leaves=40,
+)
+
+
+@given(_JSON)
+def test_saved_json_is_the_result(value: Any) -> None:
+    assert json.loads(bench._indented(value)) == value
+
+
 def test_total_and_median_ratio_differ_when_one_prompt_dominates() -> None:
     plan = [Run([0] * 100, 1.0), Run([0] * 10, 1.0), Run([0] * 10, 1.0)]
     plain = [Run([0] * 100, 2.0), Run([0] * 10, 1.0), Run([0] * 10, 1.0)]
@@ -209,6 +237,7 @@ def test_bench(stage: list[tuple[str, str | None]], tmp_path: Path) -> None:
     assert plan["ratio"] == pytest.approx(2.0)
     assert (result["fastest_peer"], result["ratio_to_fastest_peer"]["a"]) == ("llama.cpp", pytest.approx(1.6))
     assert (peer["version"], peer["peak_rss_mb"], peer["load_s"]) == ("llama.cpp-1", 100.0, 0.5)
+    assert [(line["id"], line["tokens"]) for line in plan["requests"]] == [("1", 8), ("2", 8)] and len(peer["requests"]) == 2
     assert plan["perplexity"] == pytest.approx(math.exp(2), abs=1e-3)
     assert "pip install transformers" in said[0]
     assert "transformers" in result["skipped_peers"]

@@ -89,8 +89,9 @@ def test_nothing_is_drafted_behind_the_end() -> None:
     draft = Draft(plain[0][6])
     drafts.propose(Context(0, plain[0][:7], 8, 8), draft)
     assert draft.tokens[1:] == plain[0][7 : plain[0].index(end, 7) + 1]
-    stats = Stats()
+    stats, before = Stats(), drafts.passes
     text, finish = generate(ToyEngine(V), [[1, 2, 3]], Decode(max_new_tokens=12), [drafts], eos=(end,), stats=stats)
+    assert stats.purposes["draft"] == drafts.passes - before > 0
     assert text[0] == plain[0][: plain[0].index(end) + 1]
     assert finish == ["eos"]
 

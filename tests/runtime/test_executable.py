@@ -109,6 +109,9 @@ def test_speculation_is_at_work() -> None:
     found = one(run.generate([1, 2, 3], max_new_tokens=60))
     assert found.stats.tokens_per_pass > 1.2 and found.stats.passes < 60
     assert sum((count + 1) * times for count, times in found.stats.accepted.items()) == found.stats.tokens - 1
+    assert sum(found.stats.widths.values()) == found.stats.purposes.get("plain", 0) + found.stats.purposes["verify"] == found.stats.passes
+    assert sum(rows * passes for rows, passes in found.stats.widths.items()) == found.stats.rows
+    assert found.stats.purposes["prefill"] == 1 and "draft" not in found.stats.purposes
     chunks = list(run.stream([1, 2, 3], max_new_tokens=60))
     assert max(chunk.accepted for chunk in chunks) > 1
     assert {name for chunk in chunks for name in chunk.sources} <= {"prompt_lookup", "token_recycling"}

@@ -237,7 +237,7 @@ def test_statistics_add_up() -> None:
     texts, _ = generate(engine, PROMPTS, drafters=[PromptLookup().build(V), recycling()], stats=stats, chunk=4)
     assert stats.tokens == sum(map(len, texts)) - sum(map(len, PROMPTS)) == 96
     assert sum((1 + a) * n for a, n in stats.accepted.items()) == 96 - 4  # the first token of each text comes from its prompt
-    assert stats.prefill_passes == 4
+    assert stats.purposes["prefill"] == 4
     assert stats.passes + 4 == len(engine.passes)
     assert stats.rows == sum(rows for _, rows, _ in engine.passes[4:])
     assert 0 < stats.first_token_seconds < stats.total_seconds

@@ -242,6 +242,8 @@ def test_events_add_up() -> None:
         assert one.stats.tokens == 20
         assert one.stats.passes == len(mine) - 1 == sum(one.stats.accepted.values())
         assert sum(count * times for count, times in one.stats.accepted.items()) == 20 - len(mine)
+        assert sum(one.stats.widths.values()) == one.stats.purposes["plain"] + one.stats.purposes["verify"] == one.stats.passes
+        assert one.stats.purposes["prefill"] >= 1
     assert sum(one.stats.passes for one in jobs) == served.stats.sequences
     whole = served.run.stats
     assert sum(sum(one.stats.drafted_by.values()) for one in jobs) == sum(whole.drafted_by.values()) > 0

@@ -71,6 +71,7 @@ def test_any_set_gives_the_plain_text(predictable: float, budget: int, temperatu
     plain = generate(ToyEngine(V, predictable=0.8), PROMPTS, decode, eos=eos)
     drafts = drafter(target, ToyEngine(V, predictable=predictable), closed=(1, 2), eos=eos)
     assert generate(target, PROMPTS, decode, [drafts], Tree(budget=budget), eos=eos) == plain
+    assert drafts.passes > 0
 
 
 def test_a_nearly_full_cache_ends_drafting_and_nothing_else() -> None:
