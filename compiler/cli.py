@@ -86,6 +86,7 @@ def run(
     stop: Annotated[list[str] | None, typer.Option(help="text that ends the answer; may be repeated")] = None,
     chat: Chat = None,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="run the plain plan too, for the ratio")] = True,
+    verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="colour what each drafter guessed; -vv: every pass")] = 0,
     as_json: Json = False,
 ) -> None:
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
@@ -108,7 +109,7 @@ def run(
     plain = exe.plain() if paired else None
     if plain is not None:
         plain.generate(text, **{**settings, "max_new_tokens": 4})  # both sides of the pair run warm
-    answer = _stream(exe, text, settings)
+    answer = _stream(exe, text, settings, verbose)
     reference = plain.generate(text, **settings) if plain is not None else None
     assert not isinstance(reference, list)
     result = _run_result(exe, answer, reference)
@@ -117,13 +118,26 @@ def run(
         _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
 
 
-def _stream(exe: Executable, prompt: str, settings: dict[str, Any]) -> Generation:
-    """Print the answer as it comes and return it."""
+def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int = 0) -> Generation:
+    """Print the answer as it comes and return it; verbose, tell who guessed what, and from 2 on show every pass before the whole answer."""
+    from planc.compiler.colours import Painter
+
+    speculative = exe.decode.speculative
+    painter = Painter([part.key for part in speculative.drafter] if verbose and speculative is not None else [], Console())
+    if painter.styles and painter.coloured:
+        print(painter.legend())
     answer: Generation | None = None
-    for chunk in exe.stream(prompt, **settings):
-        print(chunk.text, end="", flush=True)
+    whole = list[str]()
+    for number, chunk in enumerate(exe.stream(prompt, **settings)):
+        painted = painter.answer(chunk) if painter.styles else chunk.text
+        whole.append(painted)
+        print(painter.round(number, chunk, exe.text) if verbose > 1 else painted, end="\n" if verbose > 1 else "", flush=True)
         answer = chunk.generation or answer
     assert answer is not None
+    if verbose > 1:
+        print("\n" + "".join(whole), end="")
+    if painter.styles:
+        print(f"\n{painter.tally(answer.stats)}", end="")
     return answer
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -32,6 +31,7 @@ from planc.runtime.loops.speculative import one_round
 from planc.runtime.prompts import Prompt, read_prompts
 from planc.runtime.scheduler import Round, Scheduler
 from planc.runtime.text import StreamDecoder, Text
+from planc.runtime.trees import Draft
 
 if TYPE_CHECKING:
     from planc.runtime.server import Server
@@ -119,6 +119,9 @@ class Chunk:
     sources: tuple[str, ...] = ()  # drafters that guessed them
     finish_reason: str | None = None  # on the last chunk of the answer
     generation: Generation | None = None  # the whole answer, on its last chunk
+    pieces: tuple[str, ...] = ()  # `text` by the token of `ids` that made it certain
+    draft: Draft | None = None  # the guesses that the pass verified, if any; not of a server
+    rows: tuple[int, ...] = ()  # its rows that were committed: the root, then the guesses that are the first of `ids`
 
 
 @dataclass
@@ -139,8 +142,14 @@ class _Answer:
     decoder: StreamDecoder
     ids: list[int] = field(default_factory=list)
     text: str = ""
-    fresh: str = ""  # decoded since the last chunk
+    fresh: list[str] = field(default_factory=list)  # decoded since the last chunk, by token
     ttft: float = 0.0
+
+
+def pieces_of(fresh: Sequence[str], count: int, rest: str = "") -> tuple[str, ...]:
+    """Text of `count` tokens from what they gave when they were decoded; an end token gave nothing, and `rest` came at the end."""
+    pieces = [*fresh, *[""] * (count - len(fresh))]
+    return (*pieces[:-1], pieces[-1] + rest) if pieces else (rest,)
 
 
 class Executable:
@@ -373,18 +382,16 @@ class Executable:
 
         def stop(sequence: Sequence_) -> bool:
             answer = by_key[sequence.id]
-            answer.fresh += answer.decoder.push(sequence.tokens[-1])
+            answer.fresh.append(answer.decoder.push(sequence.tokens[-1]))
             return answer.decoder.stop is not None
 
-        lane, stats, credited = self._take_lane(), Stats(), Counter[str]()
+        lane, stats = self._take_lane(), Stats()
         try:
             cache = self._cache(lane, answers, decode)
             for piece in self._loop(lane, cache, answers, decode, stop, stats):
                 answer = answers[piece.sequence]
                 answer.ttft = answer.ttft or stats.total_seconds
-                sources = tuple(stats.accepted_by - credited) if len(piece.tokens) > 1 else ()
-                credited = Counter(stats.accepted_by)
-                yield self._chunk(answer, piece, sources, stats)
+                yield self._chunk(answer, piece, stats)
         finally:
             self._return_lane(lane)
 
@@ -412,22 +419,21 @@ class Executable:
             **common,
         )
 
-    def _chunk(self, answer: _Answer, piece: Piece, sources: tuple[str, ...], stats: Stats) -> Chunk:
+    def _chunk(self, answer: _Answer, piece: Piece, stats: Stats) -> Chunk:
         first = not answer.ids
         answer.ids += piece.tokens
         generation = None
-        if piece.finish is not None:
-            answer.fresh += answer.decoder.finish()
-        text, answer.fresh = answer.fresh, ""
+        pieces = pieces_of(answer.fresh, len(piece.tokens), answer.decoder.finish() if piece.finish is not None else "")
+        text, answer.fresh = "".join(pieces), []
         answer.text += text
         if piece.finish is not None:
             generation = Generation(
                 answer.text, answer.ids, len(answer.prompt), FINISH[piece.finish], GenerationStats.of(stats, stats, answer.ttft)
             )
         accepted = 0 if first else len(piece.tokens) - 1
-        return Chunk(
-            text, list(piece.tokens), answer.index, accepted, sources, generation.finish_reason if generation else None, generation
-        )
+        reason = generation.finish_reason if generation else None
+        rows = tuple(piece.rows) if piece.draft is not None else ()
+        return Chunk(text, list(piece.tokens), answer.index, accepted, piece.sources, reason, generation, pieces, piece.draft, rows)
 
     def _scheduler(self, lane: _Lane, batching: Batching, slots: int) -> Scheduler:
         """The plan's loop over a cache of its own, whose sequences come and go."""

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from planc.runtime.decode import Decode
 from planc.runtime.errors import InputError
-from planc.runtime.executable import FINISH, Chunk, Generation, GenerationStats
+from planc.runtime.executable import FINISH, Chunk, Generation, GenerationStats, pieces_of
 from planc.runtime.loops import Stats
 from planc.runtime.loops import Text as Sequence_
 from planc.runtime.prompts import Prompt, read_prompts
@@ -28,7 +28,7 @@ class Handle:
         self._changed = threading.Condition()
         self._chunks = list[Chunk]()
         self._answer: Generation | Exception | None = None
-        self._text, self._fresh = "", ""
+        self._text, self._fresh = "", list[str]()
         self._submitted, self._first = perf_counter(), 0.0
         self._failure: Exception | None = None  # of decoding its text
         self.job: Job
@@ -70,7 +70,7 @@ class Handle:
     def stop(self, text: Sequence_) -> bool:
         """Asked by the loop after every token."""
         try:
-            self._fresh += self._decoder.push(text.tokens[-1])
+            self._fresh.append(self._decoder.push(text.tokens[-1]))
         except Exception as error:  # one answer's text must not end the others
             self._failure = error
         return self._failure is not None or self._decoder.stop is not None
@@ -82,9 +82,9 @@ class Handle:
             first = not self._chunks
             if first:
                 self._first = now
-            if event.finish is not None and error is None:
-                self._fresh += self._decoder.finish()
-            text, self._fresh = self._fresh, ""
+            ended = event.finish is not None and error is None
+            pieces = pieces_of(self._fresh, len(event.tokens), self._decoder.finish() if ended else "")
+            text, self._fresh = "".join(pieces), []
             self._text += text
             if error is not None:
                 self._answer = error
@@ -94,7 +94,7 @@ class Handle:
                 reason = FINISH.get(event.finish) if event.finish else None
                 whole = self._answer if isinstance(self._answer, Generation) else None
                 accepted = 0 if first else max(0, len(event.tokens) - 1)
-                self._chunks.append(Chunk(text, event.tokens, 0, accepted, event.sources, reason, whole))
+                self._chunks.append(Chunk(text, event.tokens, 0, accepted, event.sources, reason, whole, pieces))
             self._changed.notify_all()
 
     def _generation(self, reason: str, seconds: float, host: Stats) -> Generation:

@@ -124,6 +124,10 @@ class Draft:
         proposal.marks.append(len(self.tokens))
         return self.add(parent, token, cell, prior)
 
+    def sources(self, row: int) -> list[str]:
+        """The drafters that made this guess."""
+        return [str(cell[0]) for cell in self.cells[row]]
+
     def path(self, row: int) -> list[int]:
         """Tokens of the guesses from below the root down to `row`."""
         tokens = []

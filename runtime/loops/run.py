@@ -24,11 +24,21 @@ MIN_ROWS = 2  # a one-row pass takes other kernels, whose rounding differs from 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Newly committed tokens of one sequence. `finish` is set on its last piece: `eos`, `stop` or `length`."""
+    """Newly committed tokens of one sequence. `finish` is set on its last piece: `eos`, `stop` or `length`.
+
+    `draft` is what the pass verified, if it verified anything, and `rows` are those of its rows that were committed, the root first.
+    """
 
     sequence: int
     tokens: list[int]
     finish: str | None = None
+    draft: Draft | None = None
+    rows: Sequence[int] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """The drafters whose guesses were accepted."""
+        return () if self.draft is None else tuple(dict.fromkeys(name for row in self.rows[1:] for name in self.draft.sources(row)))
 
 
 Stop = Callable[["Text"], bool]  # asked after every committed token
@@ -358,13 +368,12 @@ class Run:
             self._count(draft, kept)
         if text.finish and len(self.texts) > 1:
             self.cache.rollback(b, 0)  # the batch goes on without this sequence; it shall not limit the room
-        return [Piece(b, new, text.finish)]
+        return [Piece(b, new, text.finish, draft, kept)]
 
     def _count(self, draft: Draft, kept: Sequence[int]) -> None:
         for counter, counted in ((self.stats.drafted_by, range(1, len(draft))), (self.stats.accepted_by, kept[1:])):
             for row in counted:
-                for cell in draft.cells[row]:
-                    counter[str(cell[0])] += 1
+                counter.update(draft.sources(row))
 
     def teach(self, b: int, draft: Draft, path: Walk, outputs: Outputs) -> None:
         """Show the pass to the drafters: all rows of sequence b, and which were accepted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -128,6 +129,27 @@ def test_run_passes_settings_on(exe: Executable, monkeypatch: pytest.MonkeyPatch
     assert result.exit_code == 0, result.output
     expected = {"prompt": "w4 w5", "temperature": 0.7, "top_k": 5, "top_p": 0.9, "min_p": 0.01, "seed": 3, "repetition_penalty": 1.1}
     assert seen == [{**expected, "chat": False, "max_new_tokens": 4, "stop": ["w9"]}]
+
+
+@pytest.mark.parametrize("colours", [True, False])
+def test_run_tells_who_guessed(exe: Executable, colours: bool) -> None:
+    environment = {"TERM": "xterm", "FORCE_COLOR": "1" if colours else "", "NO_COLOR": "" if colours else "1"}
+    quiet, told, rounds = (
+        planc_command("run", "plan.yaml", "w1 w2 w3", "--no-compare", "--json", *options, env=environment)
+        for options in ([], ["-v"], ["-vv"])
+    )
+    assert rounds.exit_code == 0, rounds.output
+    text = json.loads(quiet.stdout.splitlines()[-1])["text"]
+    assert "\x1b" not in quiet.stdout
+    for result in (told, rounds):
+        assert ("\x1b[32m" in result.stdout) == colours
+        shown = re.sub(r"\x1b\[[0-9;]*m", "", result.stdout).splitlines()
+        assert text in shown
+        assert json.loads(shown[-1])["text"] == text
+        assert "the model's own" in "".join(shown[:1] if colours else shown)
+    told_rounds = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", rounds.stdout).splitlines() if re.match(r" *\d+ +\d+/\d", line)]
+    accepted = sum(int(line.split()[1].split("/")[0]) for line in told_rounds)
+    assert accepted + len(told_rounds) == json.loads(rounds.stdout.splitlines()[-1])["tokens"]
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------------

@@ -95,6 +95,8 @@ def test_stream_generate_and_plain_agree(seed: int, prompt: list[int], stop: lis
     chunks = list(run.stream(prompt, **options))
     assert (whole.text, whole.ids, whole.finish_reason) == (plain.text, plain.ids, plain.finish_reason)
     assert "".join(chunk.text for chunk in chunks) == whole.text
+    assert all("".join(chunk.pieces) == chunk.text and len(chunk.pieces) == len(chunk.ids) for chunk in chunks)
+    assert all([chunk.draft.tokens[row] for row in chunk.rows[1:]] == chunk.ids[: chunk.accepted] for chunk in chunks if chunk.draft)
     assert [token for chunk in chunks for token in chunk.ids] == whole.ids
     assert [chunk.finish_reason for chunk in chunks if chunk.finish_reason] == [whole.finish_reason]
     full = run.text.decode(whole.ids)

@@ -69,6 +69,7 @@ def test_chunks_come_as_they_are_made_and_can_be_read_twice() -> None:
     assert chunks[-1].generation == handle.result()
     assert sum(chunk.accepted for chunk in chunks) == sum(count * times for count, times in handle.result().stats.accepted.items())
     assert all(chunk.sources for chunk in chunks if chunk.accepted)
+    assert all("".join(chunk.pieces) == chunk.text for chunk in chunks)
 
 
 class Slow(ToyEngine):
