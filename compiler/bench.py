@@ -7,8 +7,10 @@ at a time, so that a slow spell of the machine hits all alike. Speed is generate
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from planc.compiler.peers import LOAD_SECONDS, OURS, PEERS, PeerError, PeerMissing, Worker, unknown_peer
-from planc.compiler.quality import TOKENS, WINDOW, perplexity, read_windows
+from planc.compiler.quality import WINDOW, perplexity, read_windows
 from planc.compiler.store import Stored, cache_dir, obtain
 from planc.runtime.contract import hardware
 from planc.runtime.errors import InputError, PlanError
@@ -27,6 +29,8 @@ PAUSE = 0.05  #: seconds between two systems: threads of the last one stop spinn
 WARM_TOKENS = 16
 _LINE = 150  # of the JSON in a file
 WARM_TEXT = "Name three rivers and say in one sentence each where they flow."  # in no prompt set, so that nothing useful is learned from it
+
+QUALITY_TOKENS = 8192  #: of the text, by default
 
 FORMS = ("plan", "plain", "plain_one_row")
 
@@ -88,8 +92,8 @@ class Options:
     max_new_tokens: int = 96
     peers: tuple[str, ...] = ()
     peer_python: str = ""
-    quality: Path | None = None
-    quality_tokens: int = TOKENS
+    quality: Path | None = None  # the text to measure it on
+    quality_tokens: int = QUALITY_TOKENS
     chat: bool | None = None
     progress: bool = True
 
@@ -192,6 +196,7 @@ def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, no
         others = [System(name, worker) for name, worker in peers.items()]
         with _bar("measuring", options.progress) as show:
             race([*ours, *others], ids, max_new_tokens=options.max_new_tokens, eos=eos, warm=warm, progress=show)
+        live = {name: worker.ask("memory")["live_mb"] for name, worker in {**workers, **peers}.items()}
         scores = _quality(options, first, {**workers, **peers}) if options.quality else {}
     by_form = {name: {system.form: system.runs for system in ours if system.name == name} for name in names}
     categories = [prompt.category for prompt in prompts]
@@ -204,8 +209,9 @@ def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, no
         plan_rows.append(row)
     for row, runs in zip([*plan_rows, *peer_rows], [*(by_form[name]["plan"] for name in names), *(s.runs for s in others)], strict=True):
         row["requests"] = [request(prompt, run) for prompt, run in zip(prompts, runs, strict=True)]
-        row.setdefault("load_s", versions.get(row["name"], {}).get("load_s"))
-        row["perplexity"] = scores.get(row["name"], {}).get("perplexity")
+        started = {**loaded, **versions}[row["name"]]
+        row |= {"load_s": started["load_s"], "file_bytes": started["file_bytes"], "live_mb": live[row["name"]]}
+        row["quality"] = scores.get(row["name"])
     return {
         "model": options.model,
         "prompts": len(prompts),
@@ -216,7 +222,7 @@ def bench(plans: Sequence[Path], prompts: Sequence[Prompt], options: Options, no
         "skipped_peers": skipped,
         "fastest_peer": fastest and fastest["name"],
         "ratio_to_fastest_peer": {row["name"]: row["ratio_to_fastest_peer"] for row in plan_rows},
-        "quality": {"file": str(options.quality), "window": WINDOW, **scores} if scores else None,
+        "quality": {"file": str(options.quality), "window": WINDOW, "reference": "the model without passes"} if scores else None,
         "hardware": hardware(),
         "threads": threads(),
         "settings": {"pause_s": PAUSE, "warm_up_tokens": WARM_TOKENS, "decoding": "greedy", "repeats": 1},
@@ -279,23 +285,39 @@ def locate_files(model: str) -> tuple[Path, Path | None]:
 
 
 def _quality(options: Options, encoder: Worker, workers: dict[str, Worker]) -> dict[str, dict[str, Any]]:
-    """Perplexity of every system on the same windows; null where a system hands out no logits."""
+    """Every system on the same windows of a text against the model that no pass has touched; null where a system hands out no logits."""
     assert options.quality is not None
     windows = read_windows(options.quality, lambda text: encoder.ask("encode", text=text, chat=False)["ids"], tokens=options.quality_tokens)
-    scores: dict[str, dict[str, Any]] = {}
-    with _bar("perplexity", options.progress) as show:
-        for index, (name, worker) in enumerate(workers.items()):
-            answers: list[dict[str, Any]] = []
-            for window in windows:
-                answers.append(worker.ask("nll", ids=window))
-                show(index * len(windows) + len(answers), len(workers) * len(windows))
-                if answers[-1]["nll"] is None:
-                    break
-            known = all(answer["nll"] is not None for answer in answers)
-            tokens = sum(answer["tokens"] for answer in answers)
-            value = round(perplexity(sum(a["nll"] for a in answers), tokens), 4) if known else None
-            scores[name] = {"perplexity": value, "tokens": tokens if known else 0}
-    return scores
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+    with tempfile.TemporaryDirectory(prefix="planc-quality-") as folder:
+        plan, logits = Path(folder, "unrewritten.yaml"), str(Path(folder, "logits.npy"))
+        plan.write_text("planc: 1\n")
+        artifact = obtain(plan, options.model, progress=options.progress).directory
+        with Worker("unrewritten", OURS, {"artifact": str(artifact)}) as reference, _bar("quality", options.progress) as show:
+            reference.ask("load", seconds=LOAD_SECONDS)
+            for index, window in enumerate(windows):  # the logits of one window at a time: they take a gigabyte in the largest vocabularies
+                reference.ask("write_logits", ids=window, path=logits)
+                for turn, (name, worker) in enumerate(workers.items(), 1):
+                    answers[name].append(worker.ask("score", ids=window, reference=logits))
+                    show(index * len(workers) + turn, len(workers) * len(windows))
+    return {name: _score(scored) for name, scored in answers.items()}
+
+
+def _score(answers: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Figures of one system from the sums over its windows."""
+    tokens = sum(answer["tokens"] for answer in answers)
+
+    def mean(name: str) -> float | None:
+        values = [answer[name] for answer in answers]
+        return sum(values) / tokens if all(value is not None and math.isfinite(value) for value in values) else None
+
+    nll, kl, same = mean("nll"), mean("kl"), mean("same")
+    return {
+        "perplexity": None if nll is None else round(perplexity(nll, 1), 4),
+        "kl": None if kl is None else round(max(kl, 0.0), 6),  # of equal distributions rounding may leave a little less than nothing
+        "agreement": None if same is None else round(same, 4),
+        "tokens": tokens if nll is not None else 0,
+    }
 
 
 # ---- what the runs say -------------------------------------------------------------------------------------------------------------
@@ -405,7 +427,7 @@ def table(result: dict[str, Any]) -> Any:
     shown = Table(
         "system", title=f"{result['model']}, {result['prompts']} prompts x {result['max_new_tokens']} tokens", title_justify="left"
     )
-    for name in [*columns, *(["perplexity"] if result["quality"] else [])]:
+    for name in columns:
         shown.add_column(name, justify="right")
     peer = next((row for row in result["peers"] if row["name"] == result["fastest_peer"]), None)
     for row in [*result["plans"], *result["peers"]]:
@@ -420,7 +442,23 @@ def table(result: dict[str, Any]) -> Any:
             _cell(row["ttft_ms"], ".0f"),
             f"{row['peak_rss_mb']:.0f}",
         ]
-        shown.add_row(row["name"], *cells, *([_cell(row["perplexity"], ".2f")] if result["quality"] else []))
+        shown.add_row(row["name"], *cells)
+    return shown
+
+
+def quality_table(result: dict[str, Any]) -> Any:
+    """What the speed costs: how far each system is from the model without passes, and its size."""
+    from rich.table import Table
+
+    tokens = max(row["quality"]["tokens"] for row in [*result["plans"], *result["peers"]])
+    shown = Table("system", title=f"quality on {tokens} tokens of {Path(result['quality']['file']).name}", title_justify="left")
+    for name in ("perplexity", "KL to unrewritten", "same argmax", "file MB", "live MB", "tokens/s"):
+        shown.add_column(name, justify="right")
+    for row in [*result["plans"], *result["peers"]]:
+        found = row["quality"]
+        figures = [_cell(found["perplexity"], ".2f"), _cell(found["kl"], ".4f"), _cell(found["agreement"], ".1%")]
+        sizes = [f"{row['file_bytes'] / 2**20:.0f}", f"{row['live_mb']:.0f}"]
+        shown.add_row(row["name"], *figures, *sizes, f"{row['tokens_per_s']:.1f}")
     return shown
 
 

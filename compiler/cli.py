@@ -214,8 +214,11 @@ def bench(
     peer_python: Annotated[
         Path | None, typer.Option(help="interpreter that has the peers [default: PLANC_PEERS_PYTHON, ~/.cache/planc-peers, this one]")
     ] = None,
-    quality: Annotated[Path | None, typer.Option(help="also measure perplexity on this text")] = None,
-    quality_tokens: Annotated[int, typer.Option(min=2, help="tokens of that text")] = 20_000,
+    quality: Annotated[bool, typer.Option("--quality", help="also compare each system with the model without passes, on a text")] = False,
+    quality_text: Annotated[
+        Path | None, typer.Option(help="that text; implies --quality [default: a short one that comes with planc]")
+    ] = None,
+    quality_tokens: Annotated[int, typer.Option(min=2, help="tokens of that text")] = 8192,
     chat: Chat = None,
     output: Annotated[Path | None, typer.Option(help="also write the JSON here")] = None,
     as_json: Json = False,
@@ -223,6 +226,7 @@ def bench(
     """Measure plans against their plain form and against other libraries, on the same prompts in one run."""
     from planc.compiler import bench as race
     from planc.compiler.peers import peer_python as find_python
+    from planc.compiler.quality import BUNDLED
 
     errors = Console(stderr=True)
     options = race.Options(
@@ -230,7 +234,7 @@ def bench(
         max_new_tokens=max_new_tokens,
         peers=tuple(dict.fromkeys(peer or ())),
         peer_python=find_python(peer_python),
-        quality=quality,
+        quality=quality_text or (BUNDLED if quality else None),
         quality_tokens=quality_tokens,
         chat=chat,
     )
@@ -241,6 +245,8 @@ def bench(
     console.print(race.table(result))
     if len(result["categories"]) > 1:
         console.print(race.category_table(result))
+    if result["quality"]:
+        console.print(race.quality_table(result))
     if as_json:
         _print_json(result)
 

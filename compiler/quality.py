@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +13,7 @@ from planc.runtime.errors import InputError
 
 WINDOW = 1024  #: tokens that are scored together; the first of a window is only read
 TOKENS = 20_000  #: of the text, by default
+BUNDLED = Path(__file__).with_name("calibration.txt")  #: about a thousand tokens; passes calibrate on it, so it flatters them
 CHUNK = 128  #: rows per pass: the logits of a window at once would take hundreds of megabytes
 
 
@@ -40,21 +41,28 @@ def nll_of(logits: Floats, targets: Sequence[int]) -> float:
 
 
 def window_nll(engine: Engine, ids: Sequence[int], min_rows: int = 1, *, chunk: int = CHUNK) -> float:
-    """Summed negative log-likelihood of `ids[1:]`, each given all ids before it, in passes of at most `chunk` rows and at least `min_rows`."""
+    """Summed negative log-likelihood of `ids[1:]`, each given all ids before it; arguments as for `window_logits`."""
+    total, start = 0.0, 1
+    for rows in window_logits(engine, ids, min_rows, chunk=chunk):
+        total += nll_of(rows, ids[start : start + len(rows)])
+        start += len(rows)
+    return total
+
+
+def window_logits(engine: Engine, ids: Sequence[int], min_rows: int = 1, *, chunk: int = CHUNK) -> Iterator[Floats]:
+    """Logits [R, V] after each of `ids[:-1]`, in passes of at most `chunk` rows and at least `min_rows`; each is a view until the next."""
     rows = len(ids) - 1
     starts = list(range(0, rows, chunk))
     if len(starts) > 1 and rows - starts[-1] < min_rows:
         starts.pop()  # the rest joins the pass before: kernels of narrow passes round differently
     cache = engine.new_cache(1, rows + min_rows)
-    total = 0.0
     for start, end in zip(starts, [*starts[1:], rows], strict=True):
         part = list(ids[start:end])
         padded = part + part[-1:] * (min_rows - len(part))
         outputs = engine.forward(cache, Step(np.array([padded], dtype=np.int64)), logits=True)
         assert outputs.logits is not None
-        total += nll_of(outputs.logits[0, : len(part)], ids[start + 1 : end + 1])
+        yield outputs.logits[0, : len(part)]
         cache.keep(0, np.arange(len(part), dtype=np.int64))
-    return total
 
 
 def perplexity(nll: float, tokens: int) -> float:

@@ -13,7 +13,7 @@ class System:
         import llama_cpp
 
         self.llama_cpp, self.config = llama_cpp, config
-        self.version = llama_cpp.__version__
+        self.version, self.files = llama_cpp.__version__, [config["gguf"]]
         self.model = self._open(config["context"])
 
     def _open(self, context: int, **options: Any) -> Any:
@@ -33,12 +33,9 @@ class System:
                 break
         return {"ids": made, "first": first}
 
-    def nll(self, ids: list[int]) -> float:
-        import numpy as np
-
+    def logits(self, ids: list[int]) -> list[Any]:
         scorer = self._open(len(ids), n_batch=len(ids), logits_all=True)
         scorer.eval(ids)
-        rows, wanted = np.asarray(scorer.scores[: len(ids) - 1], dtype=np.float64), np.asarray(ids[1:])
+        rows = scorer.scores[: len(ids) - 1].copy()
         scorer.close()
-        peak = rows.max(axis=1)
-        return float((peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1)) - rows[np.arange(len(wanted)), wanted]).sum())
+        return [rows]

@@ -19,7 +19,8 @@ class System:
 
         self.og = og
         self.version = og.__version__
-        self.model = og.Model(self._build(config))
+        built = self._build(config)
+        self.model, self.files = og.Model(built), [built]
 
     def _build(self, config: dict[str, Any]) -> str:
         """The built model's directory; built once, complete or absent."""
@@ -73,14 +74,8 @@ class System:
                 break
         return {"ids": made, "first": first}
 
-    def nll(self, ids: list[int]) -> float | None:
-        import numpy as np
-
+    def logits(self, ids: list[int]) -> list[Any] | None:
         generator = self._generator(len(ids) + 1)
         generator.append_tokens(ids)
-        logits = np.asarray(generator.get_output("logits"), dtype=np.float64)[0]  # [rows, V]
-        if len(logits) < len(ids):  # the builder cut the head down to the last row
-            return None
-        rows, wanted = logits[: len(ids) - 1], np.asarray(ids[1:])
-        peak = rows.max(axis=1)
-        return float((peak + np.log(np.exp(rows - peak[:, None]).sum(axis=1)) - rows[np.arange(len(wanted)), wanted]).sum())
+        rows = generator.get_output("logits")[0]  # [rows, V]
+        return [rows[:-1]] if len(rows) == len(ids) else None  # the builder may have cut the head down to the last row

@@ -14,6 +14,7 @@ class System:
         import numpy as np
         import openvino_genai
 
+        self.files = [config["gguf"]]
         self.np, self.genai = np, openvino_genai
         self.ov = importlib.import_module("openvino")
         self.version = openvino_genai.__version__
@@ -30,5 +31,5 @@ class System:
         result = self.pipeline.generate(inputs, settings)
         return {"ids": [int(token) for token in result.tokens[0]], "first": start + result.perf_metrics.get_ttft().mean / 1000}
 
-    def nll(self, ids: list[int]) -> None:
+    def logits(self, ids: list[int]) -> None:
         return None  # the pipeline hands out no logits

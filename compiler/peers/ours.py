@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -25,7 +26,8 @@ class System:
             "plain": plain,
             "plain_one_row": Executable(exe.engine, exe.text, one_row, exe.contract, exe.manifest, exe.directory),
         }
-        self.commands = {"about": self.about, "encode": self.encode}
+        self.files = [config["artifact"]]
+        self.commands = {"about": self.about, "encode": self.encode, "write_logits": self.write_logits}
 
     def about(self) -> dict[str, Any]:
         exe = self.forms["plan"]
@@ -65,7 +67,19 @@ class System:
             "accepted_by": stats.accepted_by,
         }
 
-    def nll(self, ids: list[int]) -> float:
-        from planc.compiler.quality import window_nll
+    def logits(self, ids: list[int]) -> Iterator[Any]:
+        from planc.compiler.quality import window_logits
 
-        return window_nll(self.forms["plan"].engine, ids, self.forms["plan"].min_rows)
+        return window_logits(self.forms["plan"].engine, ids, self.forms["plan"].min_rows)
+
+    def write_logits(self, ids: list[int], path: str) -> dict[str, Any]:
+        """Write the logits [len(ids) - 1, V] float32 as an .npy file for others to be compared with."""
+        import numpy as np
+
+        shape = (len(ids) - 1, self.forms["plan"].engine.spec.vocab_size)
+        file, start = np.lib.format.open_memmap(path, mode="w+", dtype=np.float32, shape=shape), 0
+        for rows in self.logits(ids):
+            file[start : start + len(rows)] = rows
+            start += len(rows)
+        file.flush()
+        return {}

@@ -15,6 +15,7 @@ class System:
 
         torch.set_num_threads(config["threads"])
         transformers.utils.logging.disable_progress_bar()
+        self.files = [config["hf"]]
         self.torch, self.version = torch, transformers.__version__
         self.model = transformers.AutoModelForCausalLM.from_pretrained(config["hf"], dtype=torch.float32).eval()
 
@@ -33,11 +34,9 @@ class System:
             )
         return {"ids": out[0, len(ids) :].tolist(), "first": clock.first}
 
-    def nll(self, ids: list[int]) -> float:
+    def logits(self, ids: list[int]) -> list[Any]:
         with self.torch.inference_mode():
-            tokens = self.torch.tensor([ids])
-            logits = self.model(tokens).logits[0, :-1].float()
-            return float(self.torch.nn.functional.cross_entropy(logits, tokens[0, 1:], reduction="sum"))
+            return [self.model(self.torch.tensor([ids[:-1]])).logits[0].float().numpy()]
 
 
 class _Clock:

@@ -3,8 +3,9 @@
     PYTHON worker.py SYSTEM.py '{"threads": 2, ...}'
 
 SYSTEM.py defines `class System` (see `transformers.py` for the shortest). Neither file imports planc, so any interpreter can run them.
-Requests: `load`, `generate` {ids, max_new_tokens, eos}, `nll` {ids}, `close`, and whatever else the system's `commands` offers. Every answer is
-one line; a failure is {"error": text, "missing": module or null} and leaves the process ready for the next request.
+Requests: `load`, `generate` {ids, max_new_tokens, eos}, `score` {ids, reference}, `memory`, `close`, and whatever else the system's
+`commands` offers. Every answer is one line; a failure is {"error": text, "missing": module or null} and leaves the process ready for the next
+request. For `score` a system has `logits(ids)`: blocks [R, V] of the logits after each of `ids[:-1]`, or None where it hands out none.
 """
 
 from __future__ import annotations
@@ -15,16 +16,62 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
+ROWS = 64  # rows whose distributions are compared at once
 
-def peak_rss_mb() -> float:
-    """Highest resident memory of this process so far, in MiB (VmHWM; it includes resident pages of mapped files)."""
+
+def resident_mb(field: str = "VmHWM") -> float:
+    """Highest resident memory of this process so far, in MiB (it includes resident pages of mapped files); `VmRSS`: what is resident now."""
     with open("/proc/self/status", encoding="ascii") as status:
         for line in status:
-            if line.startswith("VmHWM"):
+            if line.startswith(field):
                 return round(int(line.split()[1]) / 1024, 1)
     return 0.0
+
+
+def bytes_of(paths: Iterable[str]) -> int:
+    """Size of files, and of all files below directories."""
+    files = [os.path.join(root, name) for path in paths for root, _, names in os.walk(path) for name in names]
+    return sum(os.path.getsize(path) for path in [*(path for path in paths if os.path.isfile(path)), *files])
+
+
+def score(blocks: Iterable[Any] | None, ids: list[int], reference: str | None) -> dict[str, Any]:
+    """What the logits after each of `ids[:-1]` say about the text and about the reference, an .npy file of logits [len(ids) - 1, V].
+
+    Sums over the rows: `nll`, the negative log-likelihood of the next id, `kl`, KL(reference || this) in nats, `same`, rows with equal argmax.
+    A vocabulary that was padded is cut to the reference's. `nll` is null where there are no logits, `kl` and `same` without a reference.
+    """
+    found: dict[str, Any] = {"nll": None, "kl": None, "same": None, "tokens": len(ids) - 1}
+    if blocks is None:
+        return found
+    import numpy as np
+
+    wanted = None if reference is None else np.load(reference, mmap_mode="r")
+    nll, kl, same, start = 0.0, 0.0, 0, 0
+    for block in blocks:
+        for first in range(0, len(block), ROWS):
+            rows = np.asarray(block[first : first + ROWS])
+            end = start + len(rows)
+            log_p = log_softmax(rows if wanted is None else rows[:, : wanted.shape[1]])
+            nll -= float(log_p[np.arange(end - start), ids[start + 1 : end + 1]].sum())
+            if wanted is not None:
+                log_q = log_softmax(wanted[start:end, : log_p.shape[1]])
+                kl += float((np.exp(log_q) * (log_q - log_p)).sum())
+                same += int((log_q.argmax(1) == log_p.argmax(1)).sum())
+            start = end
+    assert start == len(ids) - 1, f"logits of {start} rows for {len(ids)} ids"
+    return {**found, "nll": nll} if wanted is None else {**found, "nll": nll, "kl": kl, "same": same}
+
+
+def log_softmax(logits: Any) -> Any:
+    """Of rows [R, V], in float64."""
+    import numpy as np
+
+    rows = np.asarray(logits, dtype=np.float64)
+    rows = rows - rows.max(axis=1, keepdims=True)
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
 
 def load_system(path: str) -> Any:
@@ -48,17 +95,19 @@ class Server:
         if op == "load":
             start = time.perf_counter()
             self.system = load_system(self.path).System(self.config)
-            return {"load_s": round(time.perf_counter() - start, 3), "version": self.system.version, "peak_rss_mb": peak_rss_mb()}
+            answer = {"load_s": round(time.perf_counter() - start, 3), "version": self.system.version, "peak_rss_mb": resident_mb()}
+            return {**answer, "file_bytes": bytes_of(getattr(self.system, "files", []))}
         if op == "generate":
             start = time.perf_counter()
             result = self.system.generate(**request)
             seconds = time.perf_counter() - start
             first = result.pop("first", None)  # perf_counter at the first token, None when the system cannot tell
             ttft = None if first is None else round(1000 * (first - start), 2)
-            return {**result, "seconds": seconds, "ttft_ms": ttft, "peak_rss_mb": peak_rss_mb()}
-        if op == "nll":
-            value = self.system.nll(request["ids"])
-            return {"nll": None if value is None else float(value), "tokens": len(request["ids"]) - 1}
+            return {**result, "seconds": seconds, "ttft_ms": ttft, "peak_rss_mb": resident_mb()}
+        if op == "score":
+            return score(self.system.logits(request["ids"]), request["ids"], request.get("reference"))
+        if op == "memory":
+            return {"live_mb": resident_mb("VmRSS")}
         command = getattr(self.system, "commands", {})[op]
         return dict(command(**request))
 

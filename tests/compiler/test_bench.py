@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
 from planc.compiler import bench
 from planc.compiler.bench import Options, Prompt, Run, System, compare, load_prompts, race, speed, summary
@@ -40,7 +41,9 @@ class FakeWorker:
 
     def ask(self, op: str, **request: Any) -> dict[str, Any]:
         if op == "load":
-            return {"load_s": 0.5, "version": f"{self.name}-1", "peak_rss_mb": 10.0}
+            return {"load_s": 0.5, "version": f"{self.name}-1", "peak_rss_mb": 10.0, "file_bytes": 2**20}
+        if op == "memory":
+            return {"live_mb": 20.0}
         if op == "about":
             return {
                 "eos": [2],
@@ -53,8 +56,14 @@ class FakeWorker:
             }
         if op == "encode":
             return {"ids": [ord(letter) for letter in request["text"]]}
-        if op == "nll":
-            return {"nll": 2.0 * (len(request["ids"]) - 1), "tokens": len(request["ids"]) - 1}
+        if op == "write_logits":
+            Path(request["path"]).write_text(str(len(request["ids"])))
+            return {}
+        if op == "score":
+            assert Path(request["reference"]).read_text() == str(len(request["ids"])), "the reference has written this window's logits"
+            rows = len(request["ids"]) - 1
+            known = self.name != "llama.cpp"
+            return {"nll": 2.0 * rows if known else None, "kl": 0.5 * rows if known else None, "same": rows // 2, "tokens": rows}
         self.log.append((self.name, request.get("form")))
         return {"peak_rss_mb": 100.0, "ttft_ms": 5.0, **self.answer(request.get("form"), request["ids"])}
 
@@ -238,16 +247,23 @@ def test_bench(stage: list[tuple[str, str | None]], tmp_path: Path) -> None:
     assert (result["fastest_peer"], result["ratio_to_fastest_peer"]["a"]) == ("llama.cpp", pytest.approx(1.6))
     assert (peer["version"], peer["peak_rss_mb"], peer["load_s"]) == ("llama.cpp-1", 100.0, 0.5)
     assert [(line["id"], line["tokens"]) for line in plan["requests"]] == [("1", 8), ("2", 8)] and len(peer["requests"]) == 2
-    assert plan["perplexity"] == pytest.approx(math.exp(2), abs=1e-3)
+    assert plan["quality"]["perplexity"] == pytest.approx(math.exp(2), abs=1e-3)
+    assert (plan["quality"]["kl"], plan["quality"]["tokens"]) == (0.5, 99)
+    assert plan["quality"]["agreement"] == pytest.approx(49 / 99, abs=1e-4)
+    assert (peer["quality"]["perplexity"], peer["quality"]["kl"], peer["quality"]["tokens"]) == (None, None, 0), "it hands out no logits"
+    assert (peer["file_bytes"], peer["live_mb"]) == (2**20, 20.0)
+    console = Console(width=200)
+    with console.capture() as shown:
+        console.print(bench.quality_table(result))
+    assert all(piece in shown.get() for piece in ("7.39", "0.5000", "49.5%", "20", "160.0", "99 tokens of text.txt"))
     assert "pip install transformers" in said[0]
     assert "transformers" in result["skipped_peers"]
-    assert {name for name, what in stage if what == "closed"} == {"a", "b", "llama.cpp", "transformers"}, "no process stays behind"
+    ended = {name for name, what in stage if what == "closed"}
+    assert ended == {"a", "b", "llama.cpp", "transformers", "unrewritten"}, "no process stays behind"
     assert {"cpu", "versions"} <= result["hardware"].keys()
 
 
 def test_bench_prints(stage: list[tuple[str, str | None]], capsys: pytest.CaptureFixture[str]) -> None:
-    from rich.console import Console
-
     result = bench.bench(
         [Path("a.yaml")], [Prompt("1", "x", "hi"), Prompt("2", "y", "ho")], Options("tiny", 8, ("llama.cpp",), "python", progress=False)
     )

@@ -382,7 +382,6 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "exactness": "bitwise",
         "ttft_ms": 3.0,
         "peak_rss_mb": 70.0,
-        "perplexity": None,
         "categories": {"all": {"tokens_per_s": 9.0, "ratio": 1.2}},
     }
     fixed = {
@@ -406,6 +405,11 @@ def test_bench_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (len(plans), [text.text for text in texts], options.max_new_tokens) == (2, ["one", "two"], 7)
     assert options.peers == ("llama.cpp", "transformers")
     assert json.loads(result.stdout.splitlines()[-1]) == json.loads((tmp_path / "r.json").read_text()) == fixed
+    assert [options.quality for _, _, options in seen] == [None]
+    planc_command(*arguments, "--quality")
+    planc_command(*arguments, "--quality-text", "novel.txt", "--quality-tokens", "512")
+    assert seen[1][2].quality.name == "calibration.txt" and seen[1][2].quality.is_file()
+    assert (seen[2][2].quality, seen[2][2].quality_tokens) == (Path("novel.txt"), 512)
     assert "skipping x" in result.stderr
     assert "skipping x" not in result.stdout
 

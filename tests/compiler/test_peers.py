@@ -9,7 +9,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from planc.compiler import peers
 from planc.compiler.peers import PEERS, PeerError, PeerMissing, Worker, peer_python
@@ -24,8 +26,11 @@ class System:
         self.commands = {"sleep": lambda duration: time.sleep(duration) or {}, "settings": lambda: self.config}
     def generate(self, ids, max_new_tokens, eos):
         return {"ids": (ids * max_new_tokens)[:max_new_tokens], "first": time.perf_counter()}
-    def nll(self, ids):
-        return None if len(ids) > 3 else float(sum(ids))
+    def logits(self, ids):
+        import numpy as np
+        table = np.random.default_rng(0).normal(size=(9, 12))  # three ids of padding, the likeliest of all
+        table[:, 9:] += 50.0
+        return None if len(ids) > 8 else [table[ids[:3]], table[ids[3:-1]]]
 """
 
 
@@ -43,9 +48,40 @@ def test_protocol(tmp_path: Path) -> None:
         answer = system.ask("generate", ids=[4, 5], max_new_tokens=3, eos=[2])
         assert answer["ids"] == [4, 5, 4]
         assert 0 <= answer["ttft_ms"] <= 1000 * answer["seconds"] + 0.01
-        assert system.ask("nll", ids=[1, 2, 3]) == {"nll": 6.0, "tokens": 2}
-        assert system.ask("nll", ids=[1, 2, 3, 4])["nll"] is None
+        assert system.ask("memory")["live_mb"] > 1
         assert system.ask("settings") == {"threads": 2}
+
+
+def test_scores(tmp_path: Path) -> None:
+    ids = [1, 2, 3, 4, 0, 8]
+    table = np.random.default_rng(0).normal(size=(9, 12))
+    q = np.random.default_rng(1).normal(size=(5, 9))
+    q[2] = table[3, :9] - 7.0  # a row in which the two agree; logits are known up to a constant
+    np.save(tmp_path / "reference.npy", q.astype(np.float32))
+
+    def probabilities(logits: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True)
+
+    p, wanted = probabilities(table[ids[:-1], :9]), probabilities(np.float32(q).astype(float))
+    with worker(tmp_path, ECHO) as system:
+        system.ask("load")
+        found = system.ask("score", ids=ids, reference=str(tmp_path / "reference.npy"))
+        assert found["nll"] == pytest.approx(-np.log(p[range(5), ids[1:]]).sum())
+        assert found["kl"] == pytest.approx((wanted * np.log(wanted / p)).sum())
+        assert found["same"] == (wanted.argmax(1) == p.argmax(1)).sum() >= 1
+        alone = system.ask("score", ids=ids)
+        assert (alone["kl"], alone["same"], alone["tokens"]) == (None, None, 5)
+        assert alone["nll"] > found["nll"], "nothing says that the last three ids are padding"
+        assert system.ask("score", ids=[1] * 9)["nll"] is None
+
+
+def test_files_are_counted_once(tmp_path: Path) -> None:
+    (tmp_path / "model/below").mkdir(parents=True)
+    for name, size in (("model/a", 5), ("model/below/b", 7), ("other", 11)):
+        (tmp_path / name).write_bytes(b"x" * size)
+    source = ECHO.replace("self.config = config", 'self.files = config["files"]')
+    with worker(tmp_path, source, files=[str(tmp_path / "model"), str(tmp_path / "other")]) as system:
+        assert system.ask("load")["file_bytes"] == 23
 
 
 def test_missing_library(tmp_path: Path) -> None:
