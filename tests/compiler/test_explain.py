@@ -10,6 +10,8 @@ import pytest
 from planc.compiler import explain
 from planc.compiler.explain import PAST, Step, measure, table, write_html
 from planc.compiler.plan import Plan
+from planc.passes.fuse_projections import FuseProjections
+from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.skip_layers import SkipLayers
 from planc.runtime.errors import InputError
 
@@ -57,6 +59,25 @@ def test_steps_follow_the_pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
     assert skip.rewritten == 1
     assert skip.flops < steps[1].flops
     assert skip.as_dict()["notes"] == list(skip.notes)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_zeros_that_nothing_skips_are_told(family: str) -> None:
+    program = models_tiny.raised(family)
+    assert explain.unused_zeros(program) is None
+    name, weight = next((n, w) for n, w in program.params.items() if "mlp" in n and w.dim() == 2)
+    half = weight.clone()
+    half[: len(half) // 2] = 0.0
+    masked = program.replace(params={**program.params, name: half})
+    said = explain.unused_zeros(masked)
+    assert said is not None and "in 1 of" in said and "no time is saved" in said
+    steps = list(explain._measured([("raise", program), ("mask", masked), ("next", masked)]))
+    assert [step.notes for step in steps] == [(), (said,), ()], "it is said once"
+
+
+def test_rounding_to_8_bits_is_no_mask() -> None:
+    small = models_tiny.apply(models_tiny.raised("llama"), FuseProjections())
+    assert explain.unused_zeros(models_tiny.apply(small, QuantizeWeights(format="int8"))) is None
 
 
 def test_table_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
