@@ -59,7 +59,7 @@ class Target:
     sampler: Sampler
     text: int  # keys the noise
     place: int  # absolute position of the token after the root
-    seen: frozenset[int] = frozenset()  # tokens of the text, where a choice depends on them
+    seen: set[int] | frozenset[int] = frozenset()  # tokens of the text, where a choice depends on them
     first: int = 0  # row of the first output
 
     def choose(self, row: int, path: list[int]) -> int:
@@ -81,7 +81,7 @@ class Target:
         """Numbers [count] in [0, 1) for the tests at a row, fresh in every round."""
         return uniforms(self.sampler.sampling.seed, self.text, self.place, count, Purpose.TEST, row)
 
-    def _seen(self, path: list[int]) -> frozenset[int]:
+    def _seen(self, path: list[int]) -> set[int] | frozenset[int]:
         return self.seen.union(path) if self.seen else self.seen
 
 

@@ -20,7 +20,6 @@ from planc.runtime.drafters.base import Context, DrafterPart, Verified
 from planc.runtime.errors import PlanError
 from planc.runtime.trees import Cell, Draft
 
-_FLOOR = 0.01  # guesses less likely than this are not worth a place
 _EMPTY = -1  # in M: no successor known
 _FEW = 6  # rows that are written one by one faster than at once
 _STREAK = 3  # longest run of confirmations that is told apart
@@ -139,7 +138,11 @@ class RecyclingDrafter:
         return (TokenRecycling.key, rank, streak, contested), prior * 0.5 if contested else prior
 
     def _grow(self, context: Context, draft: Draft) -> None:
-        """Best first: add the likeliest guess that is not in the tree yet, until the budget is spent or nothing is likely enough."""
+        """Best first: add the likeliest guess that is not in the tree yet, until the budget is spent.
+
+        However unlikely: what is worth verifying is the controller's business, and a rank that is no longer proposed could never show that
+        it has become better.
+        """
         before = len(draft)
         contested = {row for row in range(before) if draft.children[row]}
         reach = draft.reach()
@@ -152,9 +155,7 @@ class RecyclingDrafter:
                 successors[parent] = [t for t in self.matrix[token].tolist() if t != _EMPTY] if draft.depths[parent] < context.depth else []
             if rank < len(successors[parent]):
                 cell, prior = self._cell(token, rank, parent in contested)
-                p = reach[parent] * draft.rates.get((cell,), prior)
-                if p >= _FLOOR:
-                    heappush(heap, (-p, parent, rank))
+                heappush(heap, (-reach[parent] * draft.rates.get((cell,), prior), parent, rank))
 
         for row in range(before):
             offer(row, 0)

@@ -55,6 +55,15 @@ class Text:
     sampler: Sampler
     stop: Stop | None = None
     finish: str | None = None
+    _seen: set[int] = field(default_factory=set)
+    _counted: int = 0  # tokens that are in `_seen`
+
+    @property
+    def seen(self) -> set[int]:
+        """The tokens that occur in it. Kept, so that a round costs its own tokens and not the whole text."""
+        self._seen.update(self.tokens[self._counted :])
+        self._counted = len(self.tokens)
+        return self._seen
 
     @property
     def left(self) -> int:
@@ -274,7 +283,7 @@ class Run:
         sampler, place = text.sampler, len(text.tokens)
         if not sampler.needs_logits:
             return likeliest
-        seen = set(text.tokens) if sampler.tracks_text else set[int]()
+        seen = text.seen if sampler.tracks_text else set[int]()
         return lambda logits, path: sampler.choose(logits, text.id, place + len(path), seen.union(path) if seen else ())
 
     def pack(self, drafts: Mapping[int, Draft]) -> Step:
@@ -342,7 +351,7 @@ class Run:
             return lambda row, path: int(argmax[row - first])
         assert outputs.logits is not None
         start = len(text.tokens) if position is None else position
-        seen = frozenset(text.tokens) if sampler.tracks_text else frozenset[int]()
+        seen = text.seen if sampler.tracks_text else frozenset[int]()
         target = Target(outputs.logits[place], sampler, text.id, start, seen, first)
         return target.choose if draft is None else self.rule(b).choices(draft, target)
 

@@ -126,6 +126,23 @@ def test_recycling_grows_likeliest_first_and_skips_cold_rows() -> None:
     assert paths(flat) == [[2], [3]]
 
 
+def test_recycling_spends_its_budget_however_unlikely_the_guesses() -> None:
+    """A rank that failed for long is still tried where there is room, so that it can recover."""
+    drafter, draft = RecyclingDrafter(V, k=4), Draft(1)
+    drafter.matrix[1] = [2, 3, 4, 5]
+    for rank in range(4):
+        for _ in range(300):
+            draft.rates.observe((("token_recycling", rank, 0, False),), rank == 0)
+    drafter.propose(Context(0, [1], 4, 3), draft)
+    assert paths(draft) == [[2], [3], [4], [5]]
+    assert draft.p[4] < 0.01
+    before = draft.p[4]
+    draft.rates.learn(draft, [5])
+    again = Draft(1, draft.rates)
+    drafter.propose(Context(0, [1], 4, 3), again)
+    assert again.p[again.children[0][5]] > 5 * before
+
+
 def test_recycling_fills_below_the_guesses_of_another_drafter() -> None:
     drafter, draft = RecyclingDrafter(V, k=2), Draft(1)
     drafter.matrix[1], drafter.matrix[7] = [2, 7], [8, 9]

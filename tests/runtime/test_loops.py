@@ -18,6 +18,7 @@ from planc.runtime.drafters.token_recycling import RecyclingDrafter
 from planc.runtime.engine import CHAIN
 from planc.runtime.errors import InputError
 from planc.runtime.loops import Stats, Text, autoregressive
+from planc.runtime.sampling import Sampler
 
 V = 23
 PROMPTS = [[1, 2, 3, 4], [5], [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17], [2, 2]]
@@ -341,3 +342,11 @@ def test_nothing_is_drafted_beyond_the_last_token() -> None:
 
     plain, _ = generate(ToyEngine(V), [[1, 2]], Decode(max_new_tokens=30))
     assert generate(ToyEngine(V), [[1, 2]], Decode(max_new_tokens=10), [Ruler(plain, V)])[0][0] == plain[0][:12]
+
+
+@given(st.lists(st.lists(st.integers(0, 5), max_size=4), max_size=6))
+def test_a_text_knows_its_tokens(parts: list[list[int]]) -> None:
+    text = Text(0, [3], 1, 100, Sampler(Sampling()))
+    for part in parts:
+        text.tokens += part
+        assert text.seen == set(text.tokens)
