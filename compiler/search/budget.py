@@ -57,11 +57,11 @@ class Budget:
         """`75% params`, `60 MB`, `4.0 ms`, `26 attention, 26 mlp`. Raises ValueError with what is wrong."""
         bounds = []
         for part in text.split(","):
-            found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kM]?)(%?)\s*([A-Za-z]+)\s*", part)
-            if not found or found[4] not in _UNITS or (found[2] and (found[3] or found[4] not in ("params", "nonzeros"))):
+            found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)(%|[kM](?=\s))?\s*([A-Za-z]+)\s*", part)
+            if not found or found[3] not in _UNITS or (found[2] in ("k", "M") and found[3] not in ("params", "nonzeros")):
                 raise ValueError(f"a budget is `NUMBER UNIT` or `NUMBER% UNIT` with a unit of {', '.join(_UNITS)}; got {part.strip()!r}")
-            factor = {"": 1, "k": 1e3, "M": 1e6}[found[2]]
-            bounds.append(Bound(float(found[1]) * factor, found[4], bool(found[3])))
+            factor = {"k": 1e3, "M": 1e6}.get(found[2], 1)
+            bounds.append(Bound(float(found[1]) * factor, found[3], found[2] == "%"))
         if len({bound.resource for bound in bounds}) < len(bounds):
             raise ValueError(f"the budget {text!r} bounds the same thing twice")
         return cls(tuple(bounds), text)

@@ -92,13 +92,15 @@ class Candidates:
         data = self.plan.to_dict()
         data.pop("search")
         passes = list(data.get("passes", ()))
+        skip = self._skip(point)
         if self.choose is not None:
-            paths = [unit.name for unit in self.units[len(self._dropped) :]]
-            found = dict(zip(paths, (self.choose.levels[level] for level in point[len(self._dropped) :]), strict=True))
+            left = skip.apply(self.base, self._context).params if skip else self.base.params
+            chosen = zip(self.units[len(self._dropped) :], self._weights_of, point[len(self._dropped) :], strict=True)
+            found = {unit.name: self.choose.levels[level] for unit, weight, level in chosen if weight in left}
             at = next(i for i, part in enumerate(self.plan.passes) if part.key == self.choose.pass_key)
             options = dict(self.plan.passes[at].item()[self.choose.pass_key])
             passes[at] = {self.choose.pass_key: {**options, self.choose.field: {**found, **options.get(self.choose.field, {})}}}
-        if skip := self._skip(point):
+        if skip:
             passes.append(skip.item())
         return Plan(**{**data, "passes": passes})
 

@@ -97,7 +97,7 @@ def search(
     note("loading and tracing the model")
     begun = started(model)
     candidates = Candidates(begun, plan, note)
-    spaces, full = _spaces(candidates, wanted, note)
+    spaces, full = spaces_of(candidates, wanted, note)
     pieces = _pieces(begun, text, settings.length)
     memory = _Memory(state, _identity(plan, model, pieces, seed), resume)
     note(f"{len(candidates.units)} units, {sum(map(len, pieces))} tokens of text")
@@ -141,8 +141,11 @@ def _settled(plan: Plan, budgets: Sequence[str], generations: int | None) -> tup
 # ---- the space ---------------------------------------------------------------------------------------------------------------------
 
 
-def _spaces(candidates: Candidates, budgets: Sequence[Budget], note: Callable[[str], None]) -> tuple[list[LevelSpace], dict[str, int]]:
-    """A space for each budget, and what the unchanged model costs."""
+def spaces_of(candidates: Candidates, budgets: Sequence[Budget], note: Callable[[str], None]) -> tuple[list[LevelSpace], dict[str, int]]:
+    """A space for each budget, and what the unchanged model costs.
+
+    Raises PlanError[search-infeasible] with the nearest budget that can be met.
+    """
     top, added, full = dict[str, int](), dict[str, list[list[int]]](), dict[str, int]()
     resources = budgets[0].resources
     if any(name in _COUNTS for name in resources):
