@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from planc.backends.reference import run
+from planc.compiler.compile import Planned, rewrite
 from planc.compiler.program import Program
+from planc.compiler.search.candidates import Candidates
 from planc.compiler.search.space import Point
-
-if TYPE_CHECKING:
-    from planc.compiler.search.candidates import Candidates
 
 _READERS = (torch.ops.aten.linear.default, torch.ops.aten.embedding.default)
 
@@ -31,20 +29,16 @@ class Recipe:
 
     def evaluator(self) -> Evaluator:
         """Load, trace and rewrite the model; seconds for 135M parameters."""
-        from planc.compiler.search.candidates import Candidates
-
         if self.threads is not None:
             torch.set_num_threads(self.threads)
         return Evaluator(Candidates(started(self.model), self.plan))
 
 
-def started(model: Any) -> Any:
-    """The model, traced and raised, with nothing applied."""
-    from planc.compiler.compile import rewrite
-    from planc.compiler.models import LoadedModel
-
-    ready = model if isinstance(model, LoadedModel) else str(model) if isinstance(model, Path) else model
-    return rewrite(ready, disable=("kv_cache", "logits_rows", "argmax"), check=False)
+def started(model: Any) -> Planned:
+    """The model, traced and raised, with nothing applied; what was started already is taken as it is."""
+    if isinstance(model, Planned):
+        return model
+    return rewrite(model, disable=("kv_cache", "logits_rows", "argmax"), check=False)
 
 
 class Evaluator:

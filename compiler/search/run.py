@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from planc.compiler.compile import text_of
+from planc.compiler.compile import Planned, text_of
 from planc.compiler.plan import Plan
 from planc.compiler.quality import read_windows
 from planc.compiler.search.budget import Budget
@@ -79,7 +79,7 @@ def search(
     """Settle what a plan leaves open.
 
     Args:
-        model: what `planc.compile` takes.
+        model: what `planc.compile` takes, or for one worker what `started` made of it.
         plan: with a section `search`.
         budgets: one plan is found for each; empty takes the budget of the plan.
         text: file to compare on; None takes planc's own calibration text, which is short.
@@ -91,6 +91,8 @@ def search(
 
     Raises PlanError[search-infeasible] with the nearest budget that can be met, and InputError[input-invalid] for a state of another search.
     """
+    if isinstance(model, Planned) and (workers > 1 or ray):
+        raise InputError("input-invalid", "several workers trace the model themselves", where="model", fix="give its name, path or module")
     plan, wanted = _settled(plan, budgets, generations)
     settings = plan.search
     assert settings is not None
@@ -99,7 +101,7 @@ def search(
     candidates = Candidates(begun, plan, note)
     spaces, full = spaces_of(candidates, wanted, note)
     pieces = _pieces(begun, text, settings.length)
-    memory = _Memory(state, _identity(plan, model, pieces, seed), resume)
+    memory = _Memory(state, _identity(plan, model, begun, pieces, seed), resume)
     note(f"{len(candidates.units)} units, {sum(map(len, pieces))} tokens of text")
     recipe = Recipe(model, plan, max(1, (os.cpu_count() or 1) // workers))
     found, tried = [], list[tuple[float, float]]()
@@ -194,7 +196,7 @@ def _counted(candidates: Candidates) -> tuple[dict[str, int], dict[str, list[lis
     return top, added
 
 
-def _pieces(begun: Any, text: Path | None, length: int) -> Text:
+def _pieces(begun: Planned, text: Path | None, length: int) -> Text:
     """Pieces of text to compare on."""
     if text is not None:
         return read_windows(text, text_of(begun.model).encode, tokens=TEXT_TOKENS, window=length, where="--text")
@@ -259,12 +261,12 @@ def picture_of(result: Result, title: str) -> bytes:
 # ---- state -------------------------------------------------------------------------------------------------------------------------
 
 
-def _identity(plan: Plan, model: Any, pieces: Text, seed: int) -> str:
+def _identity(plan: Plan, model: Any, begun: Planned, pieces: Text, seed: int) -> str:
     """What a state belongs to. More generations of the same search go on from it."""
     data = plan.to_dict()
     data["search"].pop("generations", None)
     data["search"].pop("budget", None)
-    name = model if isinstance(model, str | Path) else type(model).__name__
+    name = model if isinstance(model, str | Path) else begun.model.name
     text = json.dumps([data, str(name), [list(piece) for piece in pieces], seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
@@ -109,7 +110,14 @@ class RayWorkers:
             raise InputError("backend-missing", "ray is not installed", where="--ray", fix="pip install 'planc[ray]'") from None
         own = not ray.is_initialized()
         if own:
-            ray.init(num_cpus=None, include_dashboard=False, log_to_driver=False, configure_logging=False)
+            os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+            # a cluster of our own has a slot per actor, or the actors would wait for ever
+            ray.init(
+                num_cpus=None if "RAY_ADDRESS" in os.environ else count,
+                include_dashboard=False,
+                log_to_driver=False,
+                configure_logging=False,
+            )
         try:
             actor: Any = ray.remote(_Actor)
             actors = [actor.options(num_cpus=1).remote(recipe) for _ in range(count)]

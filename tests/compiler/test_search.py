@@ -101,7 +101,7 @@ def test_fitness_is_the_divergence_from_eager() -> None:
 
 
 def test_a_search_meets_its_budget_and_improves() -> None:
-    result = search(tiny(), Plan.from_yaml(SEARCH), ["70% bytes", "50% bytes"])
+    result = search(beginning(), Plan.from_yaml(SEARCH), ["70% bytes", "50% bytes"])
     for found, share in zip(result.found, (0.7, 0.5), strict=True):
         program = rewrite(tiny(), found.plan, check=False).program
         assert program.bytes() <= share * beginning().program.bytes()
@@ -112,11 +112,11 @@ def test_a_search_meets_its_budget_and_improves() -> None:
 
 
 def test_milliseconds() -> None:
-    result = search(tiny(), Plan.from_yaml(DROP), ["1000 ms"], generations=1)
+    result = search(beginning(), Plan.from_yaml(DROP), ["1000 ms"], generations=1)
     assert not any(result.found[0].point) and result.found[0].kl < 1e-6
-    refused(lambda: search(tiny(), Plan.from_yaml(DROP), ["0.0001 ms"]), "search-infeasible", "ms")
+    refused(lambda: search(beginning(), Plan.from_yaml(DROP), ["0.0001 ms"]), "search-infeasible", "ms")
     other = Plan.from_yaml(DROP + "\ntarget: {backend: reference}")
-    refused(lambda: search(tiny(), other, ["1000 ms"]), "plan-conflict", "onnx")
+    refused(lambda: search(beginning(), other, ["1000 ms"]), "plan-conflict", "onnx")
 
 
 def refused(act: Callable[[], Any], code: str, *words: str) -> None:
@@ -129,13 +129,16 @@ def refused(act: Callable[[], Any], code: str, *words: str) -> None:
 
 def test_refusals(tmp_path: Path) -> None:
     plan = Plan.from_yaml(DROP)
-    refused(lambda: search(tiny(), plan, ["0 attention, 4 mlp"]), "search-infeasible", "1 attention, 4 mlp")
-    refused(lambda: search(tiny(), plan, ["10% params"]), "search-infeasible", "nearest that can be had", "% params")
-    refused(lambda: search(tiny(), plan, ["3 layers"]), "search-infeasible", "drops no layers")
-    refused(lambda: search(tiny(), plan, ["3 cows"]), "input-invalid", "--budget")
-    refused(lambda: search(tiny(), plan, ["3 ms", "3 MB"]), "input-invalid", "same things")
-    refused(lambda: search(tiny(), Plan()), "plan-requires", "search")
-    refused(lambda: search(tiny(), plan.model_copy(update={"search": plan.search.model_copy(update={"budget": None})})), "input-invalid")  # type: ignore[union-attr]
+    refused(lambda: search(beginning(), plan, ["0 attention, 4 mlp"]), "search-infeasible", "1 attention, 4 mlp")
+    refused(lambda: search(beginning(), plan, ["10% params"]), "search-infeasible", "nearest that can be had", "% params")
+    refused(lambda: search(beginning(), plan, ["3 layers"]), "search-infeasible", "drops no layers")
+    refused(lambda: search(beginning(), plan, ["3 cows"]), "input-invalid", "--budget")
+    refused(lambda: search(beginning(), plan, ["3 ms", "3 MB"]), "input-invalid", "same things")
+    refused(lambda: search(beginning(), plan, workers=2), "input-invalid", "trace the model themselves")
+    refused(lambda: search(beginning(), Plan()), "plan-requires", "search")
+    refused(
+        lambda: search(beginning(), plan.model_copy(update={"search": plan.search.model_copy(update={"budget": None})})), "input-invalid"
+    )  # type: ignore[union-attr]
     refused(lambda: planc.compile(tiny(), plan), "search-open", "planc search")
     refused(lambda: explain("none", plan), "search-open", "planc search")
 
@@ -176,7 +179,7 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
             if done == kill:
                 raise Killed
 
-        return search(tiny(), plan, budgets, seed=3, progress=progress, **options)
+        return search(beginning(), plan, budgets, seed=3, progress=progress, **options)
 
     whole = run()
     for kill in (2, 6):
@@ -185,7 +188,7 @@ def test_resuming_equals_an_uninterrupted_run(tmp_path: Path) -> None:
         assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
         assert max(entry["generation"] for entry in json.loads(state.read_text())["budgets"].values()) >= 2
     assert run(state=state, resume=True).found == whole.found
-    refused(lambda: search(tiny(), plan, seed=4, state=state, resume=True), "input-invalid", "another search")
+    refused(lambda: search(beginning(), plan, seed=4, state=state, resume=True), "input-invalid", "another search")
     state.write_text("{}")
     refused(lambda: run(state=state, resume=True), "input-invalid", "not the state of a search")
 
