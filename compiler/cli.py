@@ -270,10 +270,63 @@ def check(plan: PlanArg, as_json: Json = False) -> None:
     speculative = checked.decode.speculative
     drafters = ", ".join(drafter.key for drafter in speculative.drafter) if speculative is not None else ""
     print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
+    if checked.search is not None:
+        print(f"search: {', '.join(space.key for space in checked.search.space)}; `planc search` settles it")
     print(f"target: {checked.target.backend} on {checked.target.device}")
     print(f"{plan}: the plan is valid")
     if as_json:
         _print_json({"valid": True, "plan": checked.to_dict(), "passes": rows})
+
+
+@app.command()
+def search(
+    plan: PlanArg,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="plan file to write; several budgets give OUT-1, OUT-2, ...", show_default=False)
+    ],
+    model: Model = DEFAULT_MODEL,
+    budget: Annotated[
+        list[str] | None,
+        typer.Option(help="`75% params`, `60 MB`, `4.0 ms`, `26 attention, 26 mlp`; may be repeated [default: the plan's]"),
+    ] = None,
+    text: Annotated[Path | None, typer.Option(help="text to compare on [default: a short one that comes with planc]")] = None,
+    png: Annotated[Path | None, typer.Option(help="also draw the plans tried and found")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="the same seed finds the same plan")] = 0,
+    generations: Annotated[int | None, typer.Option(min=1, help="[default: the plan's]")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="processes, or with --ray actors, that score candidates")] = 1,
+    ray: Annotated[bool, typer.Option("--ray", help="run the workers on a Ray cluster (planc[ray])")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from OUT.search.json, which every generation writes")] = False,
+    as_json: Json = False,
+) -> None:
+    """Settle what the section `search` of a plan leaves open, within a budget, and write the best plan."""
+    from planc.compiler.plan import Plan
+    from planc.compiler.search import run as searching
+    from planc.runtime.profile import progress_bar
+
+    with progress_bar("searching") as show:
+        result = searching.search(
+            model,
+            Plan.from_yaml(plan),
+            budget or (),
+            text=text,
+            seed=seed,
+            generations=generations,
+            workers=workers,
+            ray=ray,
+            state=out.with_suffix(".search.json"),
+            resume=resume,
+            note=lambda line: print(line, file=sys.stderr),
+            progress=lambda done, total: show(100 * done // total, 100),
+        )
+    files = [out if len(result.found) == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, len(result.found) + 1)]
+    for file, found in zip(files, result.found, strict=True):
+        searching.write(file, found.plan.to_yaml().encode())
+        print(f"{file}: {found.reached}, KL {found.kl:.4g} (the best random start: {found.start_kl:.4g})")
+    if png is not None:
+        searching.write(png, searching.picture_of(result, f"{plan.stem} on {model}"))
+    if as_json:
+        plans = [{"file": str(file), **found.as_dict()} for file, found in zip(files, result.found, strict=True)]
+        _print_json({"model": model, "plans": plans, "png": str(png) if png else None})
 
 
 @app.command()

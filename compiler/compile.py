@@ -23,6 +23,7 @@ from planc.compiler.pipeline import run_passes
 from planc.compiler.plan import Plan
 from planc.compiler.program import ModelInfo, Program
 from planc.compiler.raising import raise_program
+from planc.compiler.search.spec import check_closed
 from planc.compiler.trace import trace
 from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
@@ -115,6 +116,7 @@ def rewrite(
 ) -> Planned:
     """The first half of `compile`: load, trace, raise and apply all passes."""
     chosen = _plan(plan)
+    check_closed(chosen)
     passes = demanded(chosen, disable)
     note("loading the model")
     loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)

@@ -41,7 +41,7 @@ def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
 
 def _mix(scores: Tensor, v: Tensor, group: int) -> Tensor:
     values = v.transpose(1, 2).repeat_interleave(group, dim=1)
-    weights = torch.softmax(scores.float(), dim=-1).to(v.dtype)
+    weights = torch.softmax(scores, dim=-1).to(v.dtype)
     return torch.matmul(weights, values).transpose(1, 2).contiguous()  # [B, R, H, D]
 
 
@@ -57,7 +57,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         hidden = hidden | (keys > rows)
     if window:
         hidden = hidden | (keys <= rows - window)
-    return _mix(scores.masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
+    return _mix(scores.float().masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
 
 
 @_op(
@@ -99,7 +99,7 @@ def cached_attention(
     if bias is not None:
         scores = scores + bias[..., :total]
     assert total <= capacity
-    out = _mix(scores.masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
+    out = _mix(scores.float().masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
     return out, keys, values
 
 

@@ -56,8 +56,10 @@ def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     from planc.compiler.pipeline import ordered, run_passes
     from planc.compiler.program import ModelInfo
     from planc.compiler.raising import raise_program
+    from planc.compiler.search.spec import check_closed
     from planc.compiler.trace import trace
 
+    check_closed(plan)
     passes = ordered(demanded(plan))
     loaded = load_model(model)
     info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)

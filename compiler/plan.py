@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
 
 from planc.compiler.plan_source import Source, YamlPath, dotted, dump, explain, read
+from planc.compiler.search.spec import Search, check_search
 from planc.runtime.decode import Decode
 from planc.runtime.errors import PlanError
 from planc.runtime.registry import PlanPart, item_of, json_schema, kinds, parts
@@ -50,6 +51,7 @@ class Plan(BaseModel):
     paper: PositiveInt | None = Field(None, description="number of the method in `planc papers`")
     description: str | None = Field(None, description="what the plan shows, in a sentence")
     passes: tuple[PassItem, ...] = Field((), description="rewrites of the model, one key per item")
+    search: Search | None = Field(None, description="what is left open, for `planc search` to settle")
     decode: Decode = Field(default_factory=Decode, description="how tokens are chosen")
     target: Target = Field(default_factory=Target, description="what the program is lowered for")
     exactness: Literal["bitwise", "tokens"] = Field("bitwise", description="how closely a lossless loop must match the plain one")
@@ -67,6 +69,8 @@ class Plan(BaseModel):
         self._source = source
         _check_target(self)
         _check_relations(self)
+        if self.search is not None:
+            check_search(self)
 
     @classmethod
     def from_yaml(cls, plan: str | Path) -> Plan:
@@ -132,7 +136,7 @@ def _check_target(plan: Plan) -> None:
 
 def _check_relations(plan: Plan) -> None:
     """Check what the parts of a plan declare about each other, before anything is traced."""
-    named = [*_parts_in(plan.passes, ("passes",)), *_parts_in(plan.decode, ("decode",))]
+    named = [*_parts_in(plan.passes, ("passes",)), *_parts_in(plan.search, ("search",)), *_parts_in(plan.decode, ("decode",))]
     places = [plan.where(*path) or dotted(path) for path, _ in named]
     for place, (path, part) in zip(places, named, strict=True):
         for key in part.conflicts:

@@ -17,18 +17,20 @@ BUNDLED = Path(__file__).with_name("calibration.txt")  #: about a thousand token
 CHUNK = 128  #: rows per pass: the logits of a window at once would take hundreds of megabytes
 
 
-def read_windows(file: Path, encode: Callable[[str], Sequence[int]], *, tokens: int = TOKENS, window: int = WINDOW) -> list[list[int]]:
+def read_windows(
+    file: Path, encode: Callable[[str], Sequence[int]], *, tokens: int = TOKENS, window: int = WINDOW, where: str = "--quality"
+) -> list[list[int]]:
     """The first `tokens` tokens of a text in windows of `window`; a last window of fewer than two tokens is dropped."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError("input-invalid", f"the text {file} cannot be read: {error}", where="--quality") from error
+        raise InputError("input-invalid", f"the text {file} cannot be read: {error}", where=where) from error
     # only as much text as can be needed is tokenised: no token is longer than 16 characters on average
     ids = list(encode(text[: tokens * 16]))[:tokens]
     windows = [ids[start : start + window] for start in range(0, len(ids), window)]
     windows = [part for part in windows if len(part) > 1]
     if not windows:
-        raise InputError("input-invalid", f"the text {file} has fewer than two tokens", where="--quality")
+        raise InputError("input-invalid", f"the text {file} has fewer than two tokens", where=where)
     return windows
 
 

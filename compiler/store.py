@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KEEP = 8  #: cached artifacts; the least recently used ones go first
 
 #: Sources that cannot change an artifact.
-_OUTSIDE = {"cli.py", "bench.py", "quality.py", "papers.py", "explain.py", "store.py", "colours.py", "peers"}
+_OUTSIDE = {"cli.py", "bench.py", "quality.py", "papers.py", "explain.py", "store.py", "colours.py", "peers", "search"}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
-"""Skip decoder layers that the plan names.
+"""Skip decoder layers, or the attention or MLP of a layer, that the plan names.
 
 Matches   h2 = layer_i(h1), i in layers        Produces  uses of h2 read h1; the layer's parameters and cache slot are gone
-Keeps     shapes, dtypes, outputs              Refuses   a layer that the model does not have; all layers at once
+          h2 = h1 + attention_i(h1), or mlp_i            the same for the sublayer alone
+Keeps     shapes, dtypes, outputs              Refuses   a layer that the model does not have; all layers or all attentions at once
 Paper     used by SWIFT (43), EvoPress (18), ShortGPT-style depth pruning
 """
 
@@ -16,6 +17,7 @@ from torch.fx import Node
 from planc.compiler.blocks import find_blocks
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Block, Program
+from planc.compiler.units import Unit, find_units
 from planc.runtime.errors import CompileError
 
 
@@ -33,25 +35,54 @@ def check_layers(layers: Iterable[int], blocks: Mapping[int, Block], key: str) -
 
 
 class SkipLayers(Pass):
-    """Remove whole decoder layers from the graph."""
+    """Remove whole decoder layers, or attentions and MLPs on their own, from the graph."""
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
-    layers: tuple[int, ...] = Field(description="numbers of the layers to skip, counted from 0 in the original model")
+    layers: tuple[int, ...] = Field((), description="numbers of the layers to skip, counted from 0 in the original model")
+    attention: tuple[int, ...] = Field((), description="layers that lose only their attention, and with it their part of the cache")
+    mlp: tuple[int, ...] = Field((), description="layers that lose only their MLP")
 
     def apply(self, program: Program, context: Context) -> Program:
-        """Connect each skipped layer's readers to its input."""
-        if not self.layers or any(c.pass_name == self.key and self.layers == tuple(map(int, c.notes)) for c in program.history):
+        """Connect each skipped layer's readers to its input, and replace each sum with a skipped sublayer by its other summand."""
+        if not self._names or any(c.pass_name == self.key and self._names == c.notes for c in program.history):
             return program
         blocks = {b.index: b for b in find_blocks(program)}
-        check_layers(self.layers, blocks, self.key)
-        if len(set(self.layers)) == len(blocks):
-            raise CompileError("pass-refused", "all decoder layers are skipped", where=f"pass {self.key}", fix="leave at least one layer")
+        check_layers((*self.layers, *self.attention, *self.mlp), blocks, self.key)
+        whole = set(self.layers)
+        if whole.union(self.attention) == set(blocks):
+            what = "decoder layers" if whole == set(blocks) else "attentions"
+            raise CompileError("pass-refused", f"all {what} are skipped", where=f"pass {self.key}", fix="leave at least one")
         edit = program.edit(self.key)
-        moved: dict[Node, Node] = {}
-        for index in sorted(set(self.layers)):
+        moved: dict[Node, Node] = {}  # a node that is gone, and what its readers read now
+        for unit in self._units(program):
+            total, other = _sum_with(edit[unit.term], moved)
+            edit.replace(total, other)
+            moved[total] = other
+        for index in sorted(whole):
             exit_, entry = edit[blocks[index].exit], edit[blocks[index].entry]
-            while entry in moved:  # the layer before was skipped as well
+            while entry in moved:  # the layer before was skipped as well, or ends in a sublayer that was
                 entry = moved[entry]
             edit.replace(exit_, entry)
             moved[exit_] = entry
-        return edit.done(len(set(self.layers)), len(set(self.layers)), notes=map(str, self.layers))
+        return edit.done(len(set(self._names)), len(set(self._names)), notes=self._names)
+
+    @property
+    def _names(self) -> tuple[str, ...]:
+        return (*map(str, self.layers), *(f"attention {i}" for i in self.attention), *(f"mlp {i}" for i in self.mlp))
+
+    def _units(self, program: Program) -> list[Unit]:
+        """The named sublayers of layers that stay."""
+        wanted = [(i, kind) for kind, layers in (("attention", self.attention), ("mlp", self.mlp)) for i in layers if i not in self.layers]
+        units: dict[tuple[int, str], Unit] = {(unit.layer, unit.kind): unit for unit in find_units(program)} if wanted else {}
+        for index, kind in wanted:
+            if (index, kind) not in units:
+                message = f"layer {index} does not add its {kind} to the hidden state, so it cannot be left out on its own"
+                raise CompileError("pass-refused", message, where=f"pass {self.key}", fix=f"skip the whole layer with `layers: [{index}]`")
+        return [units[key] for key in dict.fromkeys(wanted)]
+
+
+def _sum_with(term: Node, moved: Mapping[Node, Node]) -> tuple[Node, Node]:
+    """The sum that reads the term, and its other summand."""
+    [total] = [user for user in term.users if user not in moved]
+    first, second = total.args[:2]
+    return total, second if first is term else first

@@ -13,6 +13,8 @@ CODES: dict[str, str] = {
     "plan-bad-value": "a field has the wrong type or an impossible value",
     "plan-conflict": "two parts of the plan exclude each other",
     "plan-requires": "a part of the plan needs another part that is missing",
+    "search-open": "the plan leaves choices to a search",
+    "search-infeasible": "no plan of a search is within the budget",
     "draft-mismatch": "the draft model does not fit the target",
     # models
     "model-not-found": "no model has this name, path or id",

@@ -32,6 +32,25 @@ def without(module: nn.Module, layers: Iterable[int], ids: Tensor) -> Tensor:
             hook.remove()
 
 
+def without_sublayers(module: nn.Module, sublayers: Iterable[tuple[int, str]], ids: Tensor) -> Tensor:
+    """Eager logits with the outputs of some attentions and MLPs set to zero."""
+    names = {"attention": ("self_attn", "attn", "attention"), "mlp": ("mlp",)}
+    hooks = []
+    for i, kind in sublayers:
+        layer = layers_of(module)[i]
+        part = next(getattr(layer, name) for name in names[kind] if hasattr(layer, name))
+        hooks.append(
+            part.register_forward_hook(
+                lambda _, args, out: (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
+            )
+        )
+    try:
+        return eager(module, ids)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def test_golden(golden: Callable[[str, str], None]) -> None:
     golden(before_and_after(SkipLayers(layers=(0,)), raised("llama")), "skip_layers.txt")
 
@@ -45,6 +64,28 @@ def test_equals_eager(family: str) -> None:
         want = without(module, layers, ids)
         assert not torch.allclose(want, eager(module, ids), atol=1e-2)  # the layer does something
         close(probe(applied(SkipLayers(layers=layers), raised(family)), ids)["logits"], want)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "gpt_neox"])  # gpt_neox: attention and MLP in parallel
+def test_sublayers_equal_eager(family: str) -> None:
+    module, ids = model(family), token_ids(2, 19)
+    for attention, mlp in (((0,), ()), ((), (1,)), ((1,), (0, 1)), ((1,), (1,))):
+        want = without_sublayers(module, [*((i, "attention") for i in attention), *((i, "mlp") for i in mlp)], ids)
+        new = applied(SkipLayers(attention=attention, mlp=mlp), raised(family))
+        close(probe(new, ids)["logits"], want)
+        close(probe(decoding(new), ids)["logits"], want)
+        assert len(decoding(new).states) == len(layers_of(module)) - len(attention)
+
+
+def test_sublayers_beside_whole_layers() -> None:
+    ids, program = token_ids(1, 9), raised("gemma3")
+    both = applied(SkipLayers(layers=(1, 3), attention=(2, 3), mlp=(0, 2)), program)
+    apart = apply(program, SkipLayers(layers=(3, 1)), SkipLayers(attention=(2,)), SkipLayers(mlp=(0,)))
+    assert not any(".layers.2." in name and "self_attn" in name for name in both.params)
+    close(
+        probe(apply(apart, SkipLayers(mlp=())), ids)["logits"],
+        probe(apply(program, SkipLayers(layers=(1, 3), attention=(2,), mlp=(0,))), ids)["logits"],
+    )
 
 
 def test_skipped_layers_leave_nothing_behind() -> None:
@@ -74,6 +115,10 @@ def test_refuses() -> None:
     with pytest.raises(CompileError) as caught:
         apply(program, SkipLayers(layers=(1, 0, 1)))
     assert caught.value.code == "pass-refused"
+    with pytest.raises(CompileError, match="all attentions are skipped"):
+        apply(program, SkipLayers(layers=(0,), attention=(1,)))
+    with pytest.raises(CompileError, match="layer 5 does not exist"):
+        apply(program, SkipLayers(mlp=(5,)))
     assert apply(program, SkipLayers(layers=())) is program
 
 
