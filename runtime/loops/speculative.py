@@ -80,4 +80,6 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
         run.teach(b, tree, path, outputs)
         committed += len(pieces[0].tokens)
         yield from pieces
+    if run.shared:
+        return  # the time of a pass that fed a prompt too says nothing about drafts
     controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=least, draft_ms=run.draft_ms)
