@@ -68,12 +68,20 @@ class Control(_Section):
     patience: int = Field(1024, ge=8, description="most passes without speculation before it is tried again")
 
 
+class Transfer(_Section):
+    """Moves the target's distribution towards the draft's before guesses are tested (papers/28). Not lossless, by design."""
+
+    strength: float = Field(10.0, ge=0.0, le=1000.0, description="how far; 0 is plain speculative sampling")
+    floor: float = Field(0.1, ge=0.0, le=1.0, description="tokens below this share of the draft's likeliest one are left alone")
+
+
 class Speculative(_Section):
     """Draft and verify: several tokens per pass, the same text or, where draws are tested, text of the same distribution."""
 
     drafter: Annotated[tuple[DrafterItem, ...], BeforeValidator(_as_list), Field(min_length=1)]
     tree: Tree = Tree()
     controller: Control = Control()
+    transfer: Transfer | None = Field(None, description="lossy: believe the draft in part, where it sees what matters more clearly")
     acceptance: Literal["coupled", "recursive", "block"] = Field(
         "coupled",
         description="coupled: the plain text, token by token; recursive and block test draws and accept more of them when sampling",
@@ -89,6 +97,11 @@ class Speculative(_Section):
             raise _conflict(message, "keep one of them, or use `acceptance: coupled`")
         if self.acceptance == "block" and self.tree.shape == "tree":
             raise _conflict("`acceptance: block` verifies chains, and the tree has `shape: tree`", "use `acceptance: recursive`")
+        if self.transfer is not None:
+            if self.acceptance != "coupled":
+                raise _conflict(f"`transfer` has a test of its own, beside `acceptance: {self.acceptance}`", "remove one of them")
+            if not drawing or len(drawing) > 1 or self.tree.shape == "tree" or any(part.draws == "tree" for part in self.drafter):
+                raise _conflict("`transfer` needs one drafter that draws a chain", "give a drafter `builder: chain`, and no tree")
         control = self.controller
         if self.tree.budget != "auto" and control != Control():
             raise _conflict(

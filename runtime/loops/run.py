@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from planc.runtime.acceptance import Choose, Rule, Target, Walk, rule_of
+from planc.runtime.acceptance import Choose, Rule, Target, Transferred, Walk, rule_of
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import Context, Drafter, Verified
 from planc.runtime.drafters.base import Draw, likeliest
@@ -119,6 +119,8 @@ class Run:
         self.eos = frozenset(eos)
         self.stats = stats if stats is not None else Stats()
         self.acceptance = decode.speculative.acceptance if decode.speculative is not None else "coupled"
+        transfer = decode.speculative.transfer if decode.speculative is not None else None
+        self._transferred = Transferred(transfer.strength, transfer.floor) if transfer is not None else None
         self.limit = min(cache.capacity, engine.spec.max_length)
         self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass; rows of a sequence, on average where they differ
         # of the drafts for that pass; the first drafts of a text, before which a drafter may read the prompt, count as 0
@@ -163,7 +165,9 @@ class Run:
             raise InputError("input-invalid", message, fix="use tree: {shape: auto}")
 
     def rule(self, b: int) -> Rule:
-        """How drafts of sequence b are accepted; at temperature 0 every rule is greedy matching."""
+        """How drafts of sequence b are accepted; at temperature 0 every lossless rule is greedy matching."""
+        if self._transferred is not None:
+            return self._transferred
         return rule_of(self.acceptance, self.texts[b].sampler.sampling.temperature)
 
     @property
@@ -320,7 +324,7 @@ class Run:
         if rider is not None:
             self._rider = None
             step, part, first = self._board(step, rider)
-        logits = any(self.texts[b].sampler.needs_logits for b in self._place)
+        logits = any(self.texts[b].sampler.needs_logits or self.rule(b).tested for b in self._place)
         begin = perf_counter()
         outputs = self.engine.forward(self.cache, step, logits=logits, top_k=self._top_k)
         seconds = perf_counter() - begin
@@ -363,7 +367,7 @@ class Run:
         """
         text, place = self.texts[b], self._place[b]
         sampler = text.sampler
-        if not sampler.needs_logits:
+        if not sampler.needs_logits and not (draft is not None and self.rule(b).tested):
             assert outputs.argmax is not None
             argmax = outputs.argmax[place].tolist()  # host sync: the loop needs the ids
             return lambda row, path: int(argmax[row - first])
