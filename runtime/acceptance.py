@@ -148,6 +148,47 @@ class Block:
         return choose
 
 
+class Transferred:
+    """Tests draws of a chain against p' = softmax(z - strength (p - q)) in the place of p (RAPID, papers/28).
+
+    Not lossless: committed text follows neither p nor p' exactly (`law` of benchmarks/papers/p28.py); at strength 0 it follows p. Rows without a
+    draw, the last one among them, follow p. At temperature 0 a guess is kept where it is the likeliest by p', else the likeliest by p follows.
+    """
+
+    tested = chains = True
+
+    def __init__(self, strength: float, floor: float) -> None:
+        self.strength, self.floor = strength, floor
+
+    def choices(self, draft: Draft, target: Target) -> Choose:
+        def choose(row: int, path: list[int]) -> int:
+            proposal = draft.proposals.get(row)
+            if proposal is None:
+                return target.choose(row, path)
+            x, p, q = proposal.drawn[0], target.p(row, path), _normed(proposal.q)
+            moved = transferred(p, q, self.strength, self.floor)
+            if target.sampler.sampling.temperature == 0.0:
+                return x if int(moved.argmax()) == x else int(p.argmax())
+            if target.uniforms(row, 1)[0] * q[x] < moved[x]:
+                return x
+            rest = rejected(p, q, moved)
+            return target.sample(rest if rest.any() else p, len(path))
+
+        return choose
+
+
+def transferred(p: Distribution, q: Distribution, strength: float, floor: float) -> Distribution:
+    """The target's p [V] moved towards the draft's q [V] where q has at least `floor` times its maximum."""
+    shift = np.where(q >= floor * q.max(), p - q, 0.0)
+    with np.errstate(divide="ignore"):
+        return probabilities(np.log(p) - strength * shift)
+
+
+def rejected(p: Distribution, q: Distribution, moved: Distribution) -> Distribution:
+    """What to sample from after a rejection, not normalised: the larger of what p has beyond q and beyond `moved`, in every place."""
+    return np.maximum(np.maximum(p - q, p - moved), 0.0)
+
+
 RULES: dict[str, Rule] = {"coupled": Coupled(), "recursive": Recursive(), "block": Block()}
 
 

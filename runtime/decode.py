@@ -50,11 +50,38 @@ class Tree(_Section):
     depth: int = Field(32, ge=1, le=256, description="no guess is further ahead than this")
 
 
+class Control(_Section):
+    """How `budget: auto` settles how much of the drafts a pass verifies, plain decoding always being a choice (papers/70)."""
+
+    policy: Literal["goodput", "confidence"] = Field(
+        "goodput", description="goodput: most tokens per millisecond by the measured cost; confidence: every guess as likely as `threshold`"
+    )
+    estimate: Literal["guess", "position", "constant"] = Field(
+        "guess",
+        description="acceptance is learned for kinds of guesses, for each position of a chain, or as one rate for all of them; "
+        "the last two settle one length for a whole batch before anything is drafted",
+    )
+    threshold: float = Field(0.3, gt=0.0, le=1.0, description="confidence: least probability that a guess is accepted")
+    margin: float = Field(1.03, ge=1.0, le=2.0, description="what speculation has to promise, times the rate of plain decoding")
+    interval: int = Field(1, ge=1, description="position, constant: passes between two decisions")
+    smoothing: float = Field(0.05, gt=0.0, le=0.5, description="position, constant: weight of the latest guess in the rates")
+    patience: int = Field(1024, ge=8, description="most passes without speculation before it is tried again")
+
+
+class Transfer(_Section):
+    """Moves the target's distribution towards the draft's before guesses are tested (papers/28). Not lossless, by design."""
+
+    strength: float = Field(10.0, ge=0.0, le=1000.0, description="how far; 0 is plain speculative sampling")
+    floor: float = Field(0.1, ge=0.0, le=1.0, description="tokens below this share of the draft's likeliest one are left alone")
+
+
 class Speculative(_Section):
     """Draft and verify: several tokens per pass, the same text or, where draws are tested, text of the same distribution."""
 
     drafter: Annotated[tuple[DrafterItem, ...], BeforeValidator(_as_list), Field(min_length=1)]
     tree: Tree = Tree()
+    controller: Control = Control()
+    transfer: Transfer | None = Field(None, description="lossy: believe the draft in part, where it sees what matters more clearly")
     acceptance: Literal["coupled", "recursive", "block"] = Field(
         "coupled",
         description="coupled: the plain text, token by token; recursive and block test draws and accept more of them when sampling",
@@ -70,6 +97,19 @@ class Speculative(_Section):
             raise _conflict(message, "keep one of them, or use `acceptance: coupled`")
         if self.acceptance == "block" and self.tree.shape == "tree":
             raise _conflict("`acceptance: block` verifies chains, and the tree has `shape: tree`", "use `acceptance: recursive`")
+        if self.transfer is not None:
+            if self.acceptance != "coupled":
+                raise _conflict(f"`transfer` has a test of its own, beside `acceptance: {self.acceptance}`", "remove one of them")
+            if not drawing or len(drawing) > 1 or self.tree.shape == "tree" or any(part.draws == "tree" for part in self.drafter):
+                raise _conflict("`transfer` needs one drafter that draws a chain", "give a drafter `builder: chain`, and no tree")
+        control = self.controller
+        if self.tree.budget != "auto" and control != Control():
+            raise _conflict(
+                f"`budget: {self.tree.budget}` leaves a controller nothing to settle", "remove `controller`, or use `budget: auto`"
+            )
+        if control.estimate != "guess" and (control.policy == "confidence" or self.tree.shape == "tree"):
+            other = "`policy: confidence` looks at guesses" if control.policy == "confidence" else "`shape: tree` has several at a position"
+            raise _conflict(f"`estimate: {control.estimate}` is of chains by position, and {other}", "use `estimate: guess`")
         for part in self.drafter:
             if self.acceptance == "block" and part.draws == "tree":
                 message = f"`acceptance: block` verifies chains, and the builder of {part.key} makes trees"

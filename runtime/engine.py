@@ -32,6 +32,7 @@ class Step:
     sequences: Ints | None = None  # [B] which sequences of the cache these are, ascending; None: all of them
     counts: Ints | None = None  # [B] rows of each sequence before its padding, which an engine may leave out; None: all R
     least: int = 1  # rows that no kernel may be given fewer than, because fewer would round differently
+    firsts: Ints | None = None  # [B] first row with outputs of each sequence, with which its outputs begin; of ragged engines only
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract
-from planc.runtime.controller import Controller
+from planc.runtime.controller import Controller, linear_cost
 from planc.runtime.decode import Batching, Decode
 from planc.runtime.drafters import Drafter, Host, Loaded
 from planc.runtime.engine import Cache, Engine
@@ -462,7 +462,7 @@ class Executable:
             return _Lane([], Controller())
         host = Host(self.engine, tuple(self.eos_ids), self.contract.cost, self.min_rows, self.models)
         drafters = [drafter.build_for(host) for drafter in part.drafter]
-        controller = Controller(part.tree, self.contract.cost) if self.contract.cost is not None else Controller(part.tree)
+        controller = Controller(part.tree, self.contract.cost or linear_cost, part.controller)
         return _Lane(drafters, controller)
 
     def _return_lane(self, lane: _Lane) -> None:

@@ -1,8 +1,8 @@
 """Continuous batching: sequences join and leave a running batch (papers/41, and A0 section 9).
 
-Above the loops: a turn is one pass over prompt rows of a new sequence, then one pass of the loop over the running ones. Every sequence has its own
-length in the cache, so nothing is ever moved or padded to align sequences; its text is the one that it has alone, because a row's result
-does not depend on the others of its pass and noise belongs to the sequence's own key.
+Above the loops: a turn is one pass of the loop over the running sequences, and prompt rows of a new one in it or before it. Every sequence
+has its own length in the cache, so nothing is ever moved or padded to align sequences; its text is the one that it has alone, because a row's
+result does not depend on the others of its pass and noise belongs to the sequence's own key.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import threading
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from time import perf_counter
 
 from planc.runtime.decode import Batching
@@ -58,7 +59,8 @@ class Scheduler:
     """Runs jobs in the places of one cache.
 
     `submit` and `cancel` may be called from any thread, `turn` from one. `run` was made without prompts; `decode` is one pass of its loop.
-    While sequences run, a prompt is fed in passes of at most `chunk` rows, so that they never wait longer than that for their next token.
+    While sequences run, a prompt is fed at most `chunk` rows at a time, so that they never wait longer than that for their next token: in the
+    decoding passes themselves where the engine leaves padding out, else in passes between them.
     `alone`: no two share a pass, because that was measured to change results; they take turns.
     """
 
@@ -91,21 +93,30 @@ class Scheduler:
         events = self._release()
         self._admit()
         running = [b for b, job in enumerate(self.places) if job and len(job.text.tokens) > job.text.prompt]
-        if self._unfed:  # the oldest prompt first, so that its answer begins as early as it can
+        riding = self._riding(running)
+        if self._unfed and riding is None:  # the oldest prompt first, so that its answer begins as early as it can
             self.run.chunk = self.chunk if running else max(CHUNK, self.run.min_rows)
             events += self._pass([self._unfed[0]], self.run.feed)
-            self._unfed = [b for b in self._unfed if (job := self.places[b]) and len(job.text.tokens) == job.text.prompt]
         if running:
             group = self._group(running)
-            events += self._pass(group, self.decode)
+            if riding is not None:
+                self.run.chunk = self.chunk
+                self.run.carry(riding)
+            events += self._pass(group, self.decode, riding)
             self.stats.passes += 1
             self.stats.sequences += len(group)
             self.stats.grouped += len(group) if len(group) > 1 else 0
             for b in running:
                 if (job := self.places[b]) is not None:
                     job.waited = 0 if b in group else job.waited + 1
+        self._unfed = [b for b in self._unfed if (job := self.places[b]) and len(job.text.tokens) == job.text.prompt]
         self.run.stats.total_seconds += perf_counter() - begin
         return events
+
+    def _riding(self, running: list[int]) -> int | None:
+        """The sequence whose prompt rows share the decoding pass of those that run: the oldest, where sequences share passes at all."""
+        shares = self.run.engine.spec.ragged and not self.alone and self.batching.policy == "lengths"
+        return self._unfed[0] if self._unfed and running and shares else None
 
     def fail(self, error: Exception) -> list[Event]:
         """End everything with an error."""
@@ -143,24 +154,29 @@ class Scheduler:
         lengths = {b: int(self.run.cache.lengths[b]) for b in running}
         return regroup(lengths, waited, self.batching.sequences, self.batching.patience)
 
-    def _pass(self, group: list[int], work: Round) -> list[Event]:
-        """One pass; an error in it ends the jobs that took part, and only those."""
+    def _pass(self, group: list[int], work: Round, riding: int | None = None) -> list[Event]:
+        """One pass; an error in it ends the jobs that took part, and only those. The prompt of `riding` rides along."""
         stats, events = self.run.stats, list[Event]()
         passes, rows, jobs = stats.passes, stats.rows, [job for b in group if (job := self.places[b])]
         purposes, widths = stats.purposes.copy(), stats.widths.copy()
         before = stats.drafted_by.copy(), stats.accepted_by.copy()
         try:
-            for piece in work(group):
+            for piece in chain(work(group), self.run.arrive()):
                 job = self.places[piece.sequence]
                 assert job is not None
                 drafted, accepted = stats.drafted_by - before[0], stats.accepted_by - before[1]
                 before = stats.drafted_by.copy(), stats.accepted_by.copy()
-                self._count(job, piece, stats.passes - passes, stats.rows - rows, drafted, accepted)
+                if piece.sequence == riding:  # prompt rows are no decoding pass of its own
+                    self._count(job, piece, 0, 0, drafted, accepted)
+                else:
+                    self._count(job, piece, stats.passes - passes, stats.rows - rows, drafted, accepted)
                 events.append(Event(job, piece.tokens, piece.finish, sources=tuple(accepted)))
                 if piece.finish:
                     self._leave(piece.sequence)
         except Exception as error:  # whatever the engine raises
-            events += [self._end(b, "error", error) for b in group if self.places[b] is not None]
+            self.run.carry(None)
+            took_part = group if riding is None else [*group, riding]
+            events += [self._end(b, "error", error) for b in took_part if self.places[b] is not None]
         for job in jobs:  # a pass counts for everyone in it
             job.stats.purposes.update(stats.purposes - purposes)
             job.stats.widths.update(stats.widths - widths)

@@ -114,12 +114,14 @@ class OnnxEngine:
         parts = [
             self._pack(cache, which[part], _part(step, part), logits, top_k)
             if self.lane_count and part.stop - part.start > 1
-            else self._run(cache, slice(int(which[part.start]), int(which[part.stop - 1]) + 1), _part(step, part), logits, top_k)
+            else self._run(
+                cache, slice(int(which[part.start]), int(which[part.stop - 1]) + 1), self._unpadded(_part(step, part)), logits, top_k
+            )
             for part in self._parts(which, step.tokens.shape[1])
         ]
         if len(parts) == 1:
             return parts[0]
-        taps = {n: np.concatenate([p.taps[n] for p in parts]) for n in self.spec.taps}
+        taps = {n: _stack([p.taps[n] for p in parts]) for n in self.spec.taps}
         return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
 
     def skipping(self) -> OnnxSkipEngine:
@@ -136,6 +138,15 @@ class OnnxEngine:
         else:
             cuts = [*range(0, count, max(1, min(self.lane_count, self.most_rows // rows))), count]
         return [slice(start, stop) for start, stop in pairwise(cuts)]
+
+    def _unpadded(self, step: Step) -> Step:
+        """What a ragged engine runs of a step of one sequence: without its padding, as far as the kernels do not need it."""
+        if not self.spec.ragged or step.counts is None:
+            return step
+        rows = min(max(int(step.counts[0]), step.least), step.tokens.shape[1])
+        first = step.logits_from if step.firsts is None else int(step.firsts[0])
+        parents = None if step.parents is None else step.parents[:, :rows]
+        return replace(step, tokens=step.tokens[:, :rows], parents=parents, logits_from=first)
 
     def _pack(self, cache: OnnxCache, which: Ints, step: Step, logits: bool, top_k: bool) -> Outputs:
         names = self._wanted(logits, top_k)
@@ -242,10 +253,23 @@ class OnnxSkipEngine:
 
 def _part(step: Step, part: slice) -> Step:
     """Some sequences of a step."""
-    parents, counts = (None if a is None else a[part] for a in (step.parents, step.counts))
-    return replace(step, tokens=step.tokens[part], parents=parents, counts=counts, sequences=None)
+    parents, counts, firsts = (None if a is None else a[part] for a in (step.parents, step.counts, step.firsts))
+    return replace(step, tokens=step.tokens[part], parents=parents, counts=counts, sequences=None, firsts=firsts)
 
 
 def _join(parts: list[Outputs], name: str) -> np.ndarray | None:
     arrays = [getattr(p, name) for p in parts]
-    return None if arrays[0] is None else np.concatenate(arrays)
+    return None if arrays[0] is None else _stack(arrays)
+
+
+def _stack(arrays: list[np.ndarray]) -> np.ndarray:
+    """[B, R', ...] of arrays of some sequences each; a narrower one is filled up with whatever was there."""
+    width = max(a.shape[1] for a in arrays)
+    if all(a.shape[1] == width for a in arrays):
+        return np.concatenate(arrays)
+    out = np.empty((sum(map(len, arrays)), width, *arrays[0].shape[2:]), arrays[0].dtype)
+    at = 0
+    for a in arrays:
+        out[at : at + len(a), : a.shape[1]] = a
+        at += len(a)
+    return out

@@ -38,14 +38,15 @@ class Packing:
         """The packing of a step [B, R]."""
         batch, rows = step.tokens.shape
         counts = [rows] * batch if step.counts is None else step.counts.tolist()
+        firsts = [step.logits_from] * batch if step.firsts is None else step.firsts.tolist()
         least = min(step.least, rows)
         start = place = 0
         attending, back, wanted, takers = list[Ints](), list[Ints](), list[Ints](), list[int]()
-        for count in counts:
+        for count, first in zip(counts, firsts, strict=True):
             width = max(count, least, ATTENDING)
             attending.append(np.minimum(np.arange(start, start + width), start + count - 1))
             back.append(np.arange(place, place + count))
-            wanted.append(np.arange(start + step.logits_from, start + count))
+            wanted.append(np.arange(start + first, start + count))
             takers.append(len(wanted[-1]))
             start, place = start + count, place + width
         spare = [np.zeros(max(0, least - start), np.int64)]  # any rows: they make the products wide enough

@@ -6,6 +6,7 @@ from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Host, Loa
 from planc.runtime.drafters.draft_model import DraftModel
 from planc.runtime.drafters.ngram_table import NgramTable
 from planc.runtime.drafters.prompt_lookup import PromptLookup
+from planc.runtime.drafters.retrieval import Retrieval
 from planc.runtime.drafters.self_skip import SelfSkip
 from planc.runtime.drafters.token_recycling import TokenRecycling
 
@@ -18,6 +19,7 @@ __all__ = [
     "Loaded",
     "NgramTable",
     "PromptLookup",
+    "Retrieval",
     "SelfSkip",
     "TokenRecycling",
     "Verified",

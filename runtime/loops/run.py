@@ -9,11 +9,11 @@ from time import perf_counter
 
 import numpy as np
 
-from planc.runtime.acceptance import Choose, Rule, Target, Walk, rule_of
+from planc.runtime.acceptance import Choose, Rule, Target, Transferred, Walk, rule_of
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import Context, Drafter, Verified
 from planc.runtime.drafters.base import Draw, likeliest
-from planc.runtime.engine import Cache, Engine, Ints, Outputs, Step
+from planc.runtime.engine import CHAIN, Cache, Engine, Ints, Outputs, Step
 from planc.runtime.errors import InputError
 from planc.runtime.sampling import Drawing, Sampler
 from planc.runtime.trees import Draft, pack
@@ -140,6 +140,8 @@ class Run:
         self.eos = frozenset(eos)
         self.stats = stats if stats is not None else Stats()
         self.acceptance = decode.speculative.acceptance if decode.speculative is not None else "coupled"
+        transfer = decode.speculative.transfer if decode.speculative is not None else None
+        self._transferred = Transferred(transfer.strength, transfer.floor) if transfer is not None else None
         self.limit = min(cache.capacity, engine.spec.max_length)
         self.rows, self.pass_ms = 0, 0.0  # of the last decoding pass; rows of a sequence, on average where they differ
         # of the drafts for that pass; the first drafts of a text, before which a drafter may read the prompt, count as 0
@@ -151,6 +153,8 @@ class Run:
         if not prompts:  # all sequences are free: a scheduler puts texts in and takes them out
             self.texts = [Text(0, [0], 0, 0, Sampler(decode.sampling), finish="free") for _ in cache.lengths]
         self._place: dict[int, int] = {}  # sequence -> its place in the outputs of the last pass
+        self._rider: int | None = None  # sequence whose prompt the next decoding pass takes along
+        self._aboard: tuple[int, list[int], int, Outputs] | None = None  # of the last pass: rider, rows, first with outputs, outputs
         self._top_k = bool(engine.spec.top_k) and any(drafter.top_k for drafter in drafters)
         if len(self.texts) != len(self.cache.lengths):
             raise InputError("input-invalid", f"{len(self.texts)} prompts for a cache of {len(self.cache.lengths)} sequences")
@@ -182,7 +186,9 @@ class Run:
             raise InputError("input-invalid", message, fix="use tree: {shape: auto}")
 
     def rule(self, b: int) -> Rule:
-        """How drafts of sequence b are accepted; at temperature 0 every rule is greedy matching."""
+        """How drafts of sequence b are accepted; at temperature 0 every lossless rule is greedy matching."""
+        if self._transferred is not None:
+            return self._transferred
         return rule_of(self.acceptance, self.texts[b].sampler.sampling.temperature)
 
     @property
@@ -224,6 +230,46 @@ class Run:
         outputs = self.forward(step, prefill=True)
         for b, part in zip(waiting, parts, strict=True):
             yield from self._fed(b, part, outputs, first)
+
+    def carry(self, b: int | None) -> None:
+        """The next decoding pass takes up to `chunk` prompt rows of sequence b along, which costs less than a pass of their own.
+
+        Only for ragged engines; `arrive` accounts for the rows. None: nobody rides.
+        """
+        assert b is None or self.engine.spec.ragged
+        self._rider, self._aboard = b, None
+
+    @property
+    def shared(self) -> bool:
+        """Whether prompt rows rode along with the last pass."""
+        return self._aboard is not None
+
+    def arrive(self) -> Iterator[Piece]:
+        """What the prompt rows that rode along with the last pass have brought."""
+        if self._aboard is not None:
+            b, part, first, outputs = self._aboard
+            self._aboard = None
+            yield from self._fed(b, part, outputs, first)
+
+    def _board(self, step: Step, b: int) -> tuple[Step, list[int], int]:
+        """The step with prompt rows of sequence b in it, those rows, and the first of them whose outputs are needed."""
+        text, start = self.texts[b], int(self.cache.lengths[b])
+        part = text.tokens[start : min(start + self.chunk, text.prompt)]
+        first = self._first_output([part], [start], [text], len(part))
+        assert step.counts is not None and b not in self._place
+        riding, decoding = list(self._place), step.tokens.shape[1]
+        width = max(decoding, len(part))
+        at = sum(other < b for other in riding)  # sequences of a step ascend
+        tokens = np.pad(step.tokens, ((0, 0), (0, width - decoding)), mode="edge")  # [B, R]; padding is left out of the pass
+        tokens = np.insert(tokens, at, part + part[-1:] * (width - len(part)), axis=0)
+        parents = CHAIN
+        if step.parents is not None:
+            below = np.arange(decoding - 1, width - 1)
+            parents = np.hstack([step.parents, np.broadcast_to(below, (len(riding), width - decoding))])
+            parents = np.insert(parents, at, np.arange(-1, width - 1), axis=0)
+        counts, firsts = np.insert(step.counts, at, len(part)), np.zeros(len(riding) + 1, dtype=np.int64)
+        firsts[at] = first
+        return Step(tokens, parents, 0, self._sequences(sorted([*riding, b])), counts, step.least, firsts), part, first
 
     def _first_output(self, parts: Sequence[Sequence[int]], starts: Sequence[int], texts: Sequence[Text], rows: int) -> int:
         """First row of a prompt pass whose outputs anybody needs; at least two rows' worth, for the reason of `MIN_ROWS`."""
@@ -301,7 +347,11 @@ class Run:
 
     def forward(self, step: Step, *, prefill: bool = False) -> Outputs:
         """One pass, timed and counted."""
-        logits = any(self.texts[b].sampler.needs_logits for b in self._place)
+        width, rider, counts = step.tokens.shape[1], None if prefill else self._rider, step.counts
+        if rider is not None:
+            self._rider = None
+            step, part, first = self._board(step, rider)
+        logits = any(self.texts[b].sampler.needs_logits or self.rule(b).tested for b in self._place)
         begin = perf_counter()
         outputs = self.engine.forward(self.cache, step, logits=logits, top_k=self._top_k)
         seconds = perf_counter() - begin
@@ -309,15 +359,16 @@ class Run:
             self.stats.purposes["prefill"] += 1
             self.stats.prefill_seconds += seconds
         else:
-            width = step.tokens.shape[1]
-            ragged = step.counts is not None and len(step.counts) > 1 and self.engine.spec.ragged
-            self.rows = -(-int(step.counts.sum()) // len(step.counts)) if ragged and step.counts is not None else width
+            ragged = counts is not None and len(counts) > 1 and self.engine.spec.ragged
+            self.rows = -(-int(counts.sum()) // len(counts)) if ragged and counts is not None else width
             self.pass_ms = seconds * 1e3
             self.stats.passes += 1
             self.stats.rows += width
             self.stats.widths[width] += 1
-            self.stats.purposes["verify" if step.counts is not None and step.counts.max() > 1 else "plain"] += 1
+            self.stats.purposes["verify" if counts is not None and counts.max() > 1 else "plain"] += 1
             self.stats.engine_seconds += seconds
+        if rider is not None:
+            self._aboard = rider, part, first, outputs
         return outputs
 
     def context(self, b: int, budget: int, depth: int, siblings: bool, paused: bool = False) -> Context:
@@ -345,7 +396,7 @@ class Run:
         """
         text, place = self.texts[b], self._place[b]
         sampler = text.sampler
-        if not sampler.needs_logits:
+        if not sampler.needs_logits and not (draft is not None and self.rule(b).tested):
             assert outputs.argmax is not None
             argmax = outputs.argmax[place].tolist()  # host sync: the loop needs the ids
             return lambda row, path: int(argmax[row - first])

@@ -56,13 +56,13 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
     rules = [run.rule(b) for b in live]
     trees = trees and not any(rule.chains for rule in rules)
     # where draws are tested, how many guesses this pass is worth is settled before anything is drawn
-    cut = None
-    if any(rule.tested for rule in rules):
-        cut = controller.ahead(past, room, batch, min_rows=least, trees=trees, block=block)
+    cut, tested = None, any(rule.tested for rule in rules)
+    if tested or controller.settles_ahead:
+        cut = controller.ahead(past, room, batch, min_rows=least, trees=trees, block=block, tested=tested)
     siblings, budget = (controller.siblings(trees), controller.budget) if cut is None else (not cut.chain, cut.guesses)
     # 1. draft: every drafter adds its guesses to the one tree of the sequence
     drafts = {b: Draft(run.texts[b].tokens[-1], controller.rates) for b in live}
-    run.propose(drafts, budget, controller.tree.depth, siblings=siblings, paused=controller.paused, in_turn=cut is not None)
+    run.propose(drafts, budget, controller.tree.depth, siblings=siblings, paused=controller.paused, in_turn=tested)
     # 2. choose how much of it this pass is worth; nothing at all is always a choice
     if cut is not None:
         chosen = [cut.of(draft) for draft in drafts.values()]
@@ -80,4 +80,6 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
         run.teach(b, tree, path, outputs)
         committed += len(pieces[0].tokens)
         yield from pieces
+    if run.shared:
+        return  # the time of a pass that fed a prompt too says nothing about drafts
     controller.observe(run.rows, max(past), batch, committed / batch, run.pass_ms, min_rows=least, draft_ms=run.draft_ms)

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
-from planc.runtime.acceptance import RULES, Target, block_thresholds, rule_of, trials, walk
+from planc.runtime.acceptance import RULES, Target, Transferred, block_thresholds, rejected, rule_of, transferred, trials, walk
 from planc.runtime.decode import Sampling, Speculative
 from planc.runtime.drafters import DrafterPart
 from planc.runtime.errors import PlanError
@@ -271,3 +271,55 @@ def test_rules_that_cannot_be_used_are_refused(drawing: None, plan: dict[str, ob
     error = refusal.value.errors()[0]["ctx"]["error"]
     assert isinstance(error, PlanError)
     assert (error.code, bool(error.fix)) == ("plan-conflict", True)
+
+
+def transfer_law(p: Floats, q: Floats, strength: float, floor: float) -> Floats:
+    """The law of the token committed after a row with one draw from q."""
+    moved = transferred(p, q, strength, floor)
+    accepted, rest = np.minimum(q, moved), rejected(p, q, moved)
+    left = 1.0 - accepted.sum()
+    return accepted + left * (rest / rest.sum() if rest.any() else p)
+
+
+@pytest.mark.parametrize("floor", [0.0, 0.1])
+def test_transfer_of_strength_0_keeps_the_law_and_more_moves_it_towards_the_draft(floor: float) -> None:
+    for p, q in distributions(8, 1):
+        assert transfer_law(p, q, 0.0, floor) == pytest.approx(p, abs=1e-9)
+        accepted = [np.minimum(q, transferred(p, q, strength, 0.0)).sum() for strength in (0.0, 0.5)]
+        assert accepted[1] >= accepted[0] - 1e-9
+
+
+def test_transfer_leaves_alone_what_the_draft_thinks_unlikely() -> None:
+    p, q = np.array([0.5, 0.3, 0.2]), np.array([0.05, 0.25, 0.7])
+    moved = transferred(p, q, 5.0, 0.1)
+    assert moved[2] > p[2] and moved[0] / moved[1] == pytest.approx(p[0] * np.exp(5 * 0.0) / (p[1] * np.exp(-5 * 0.05)))
+
+
+@pytest.mark.parametrize("strength", [0.0, 3.0])
+def test_transfer_commits_by_its_law(strength: float) -> None:
+    p, q, trials_made = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32), 6000
+    rng, counts = np.random.default_rng(0), np.zeros(4)
+    for place in range(trials_made):
+        draft = Draft(0)
+        draft.proposals[0] = Proposal(q, "without_replacement")
+        draft.draw(0, int(rng.choice(4, p=normed(q))), ("x",), 0.5)
+        logits = np.log(p)
+        counts[walk(draft, Transferred(strength, 0.1).choices(draft, target([logits.tolist()] * 2, place))).tokens[0]] += 1
+    expected = trials_made * transfer_law(p, normed(q), strength, 0.1)
+    assert ((counts - expected) ** 2 / expected).sum() < 16.3  # 0.1 % of chi-square with 3 degrees of freedom
+    if strength:
+        assert np.abs(expected / trials_made - p).max() > 0.05
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"drafter": "prompt_lookup"},
+        {"drafter": {"retrieval": {"builder": "chain"}}, "acceptance": "recursive"},
+        {"drafter": {"retrieval": {"builder": "chain"}}, "tree": {"shape": "tree"}},
+        {"drafter": {"retrieval": {"builder": "constant"}}},
+    ],
+)
+def test_transfer_is_refused_where_no_chain_is_drawn(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match="transfer"):
+        Speculative.model_validate({"transfer": {}, **options})

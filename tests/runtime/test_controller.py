@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from toy_engine import ToyEngine
 
 from planc.runtime.controller import Controller, linear_cost
-from planc.runtime.decode import Decode, Tree
+from planc.runtime.decode import Control, Decode, Sampling, Tree
 from planc.runtime.loops import Stats
-from planc.runtime.trees import Draft
+from planc.runtime.trees import Draft, chain
 
 
 def comb(p: float, depth: int = 8) -> Draft:
@@ -63,9 +63,9 @@ def test_no_sub_tree_promises_more_tokens_per_ms(nodes: list[tuple[int, float]],
 )
 def test_a_ragged_batch_puts_its_rows_where_they_promise_most(chains: list[list[float]], steps: list[float]) -> None:
     drafts = []
-    for chain in chains:
+    for path in chains:
         drafts.append(Draft(0))
-        for row, p in enumerate(chain):
+        for row, p in enumerate(path):
             drafts[-1].add(row, row, ("x", row), p)
     batch, costs = len(chains), [1.0 + sum(steps[:rows]) for rows in range(19)]  # by rows of all sequences
     chosen = Controller(cost=lambda rows, past: costs[rows]).select(drafts, [10] * batch, 100, batch, ragged=True)
@@ -75,7 +75,7 @@ def test_a_ragged_batch_puts_its_rows_where_they_promise_most(chains: list[list[
         cost = costs[rows * batch] + (costs[(rows + 1) * batch] - costs[rows * batch] if rest else 0.0) * rest / batch
         return sum(sum(tree.reach()) for tree in trees) / cost
 
-    cuts = product(*(range(len(chain) + 1) for chain in chains))
+    cuts = product(*(range(len(path) + 1) for path in chains))
     best = max(rate([draft.take(range(1, cut + 1)) for draft, cut in zip(drafts, cut_all, strict=True)]) for cut_all in cuts)
     assert rate(chosen) == pytest.approx(best)
 
@@ -192,3 +192,92 @@ def test_learned_rates_match_what_happens() -> None:
     engine, controller = ToyEngine(8, predictable=0.0), Controller(Tree(budget=4))
     generate(engine, [[1, 2]], Decode(max_new_tokens=150), [Bush(8, 0, 3)], controller=controller)
     assert controller.rates.get((("bush", 0), ("twin", 0)), 0.5) == pytest.approx(1 / 8, abs=0.1)
+
+
+def settle(controller: Controller, alphas: Sequence[float], batch: int = 1, rounds: int = 200) -> None:
+    """Rounds of chains whose position i is accepted at a rate of alphas[i], its predecessor being accepted."""
+    counts = [0.0] * len(alphas)
+    for _ in range(rounds):
+        accepted = 0
+        while accepted < len(alphas):
+            counts[accepted] += alphas[accepted]
+            if counts[accepted] < 1.0:
+                break
+            counts[accepted] -= 1.0
+            accepted += 1
+        controller.judge(chain([0] * (len(alphas) + 1)), range(accepted + 1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from(["position", "constant"]),
+    st.floats(0.05, 0.95),
+    st.lists(st.floats(0.0, 0.4), min_size=32, max_size=32),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1.0, 1.1]),
+)
+def test_a_length_settled_ahead_is_the_best_one(estimate: str, alpha: float, steps: list[float], batch: int, margin: float) -> None:
+    control = Control.model_validate({"estimate": estimate, "margin": margin, "smoothing": 0.01})
+    controller = Controller(Tree(depth=6), lambda rows, past: 1.0 + sum(steps[: rows // 4]), control)
+    settle(controller, [alpha] * 6)
+    chosen = controller.ahead([10] * batch, 7, batch, tested=False).guesses
+    reaches = [controller._expected(6)[: k + 1] for k in range(7)]
+    assert reaches[6][1] == pytest.approx(alpha, abs=0.1)
+    rates = [sum(reach) / (1.0 + sum(steps[: (k + 1) * batch // 4])) / (margin if k else 1.0) for k, reach in enumerate(reaches)]
+    assert rates[chosen] == pytest.approx(max(rates))
+
+
+def test_depth_grows_again_after_a_hard_text() -> None:
+    controller = Controller(Tree(depth=6), lambda rows, past: 1.0 + 0.05 * (rows - 1), Control(estimate="position"))
+    settle(controller, [0.0] * 6)
+    assert controller.ahead([10], 100).guesses == 0
+    settle(controller, [0.95])  # what exploring sees: the first position only
+    assert controller.ahead([10], 100).guesses >= 1
+
+
+def test_a_length_stays_for_the_interval_and_its_batch() -> None:
+    controller = Controller(Tree(), lambda rows, past: 1.0 + 0.05 * rows, Control(estimate="position", interval=5))
+    first = controller.ahead([10], 100).guesses
+    settle(controller, [0.0])
+    assert [controller.ahead([10], 100).guesses for _ in range(4)] == [first] * 4
+    assert controller.ahead([10], 100).guesses == 0 < first
+    assert controller.ahead([10, 10], 100, 2).guesses == 0
+
+
+def test_the_cost_of_drafting_counts() -> None:
+    def chosen(draft_ms: float) -> int:
+        controller = Controller(Tree(), lambda rows, past: 10.0 + 0.01 * rows, Control(estimate="constant"))
+        for _ in range(60):
+            n = controller.ahead([10], 9).guesses
+            controller.observe(n + 1, 10, 1, 2.0, 10.0, draft_ms=draft_ms * n)
+            settle(controller, [0.7], rounds=3)
+        return controller.ahead([10], 9).guesses
+
+    assert chosen(0.0) == 8 > chosen(3.0)
+
+
+def test_confidence_takes_what_is_likely_whatever_it_costs() -> None:
+    control = Control(policy="confidence", threshold=0.5)
+    controller = Controller(Tree(shape="chain"), lambda rows, past: 9.0**rows, control)
+    assert [len(draft) - 1 for draft in controller.select([comb(0.9), comb(0.6)], [10, 10], 100, 2)] == [6, 1]
+
+
+def test_exploring_in_a_large_batch_takes_a_guess_each() -> None:
+    controller = Controller(Tree(), lambda rows, past: float(rows), Control(estimate="position", patience=8))
+    taken = []
+    for _ in range(40):
+        taken.append(controller.ahead([10] * 16, 100, 16).guesses)
+        controller.observe(taken[-1] + 1, 10, 16, 1.0, 16.0 * (taken[-1] + 1))
+        settle(controller, [0.01], rounds=2)
+    assert set(taken[2:]) == {0, 1}
+
+
+@pytest.mark.parametrize("estimate", ["position", "constant"])
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(temperature=0.8, seed=3)], ids=["greedy", "sampled"])
+def test_lengths_settled_ahead_change_no_text(estimate: str, sampling: Sampling) -> None:
+    engine, decode = ToyEngine(23), Decode(max_new_tokens=60, sampling=sampling)
+    prompts = [[1, 2, 3], [4] * 9]
+    plain, _ = generate(engine, prompts, decode)
+    control = Control.model_validate({"estimate": estimate, "interval": 3})
+    controller = Controller(Tree(), lambda rows, past: 1.0 + 0.02 * rows, control)
+    assert generate(engine, prompts, decode, [Bush(23, 0, 3), Oracle(plain, 23)], controller=controller)[0] == plain

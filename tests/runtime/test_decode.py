@@ -72,3 +72,18 @@ def test_every_registered_drafter_builds_with_its_defaults() -> None:
 def test_a_plan_part_is_frozen() -> None:
     with pytest.raises(ValidationError):
         TokenRecycling().k = 3  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tree": {"budget": 4}, "controller": {"margin": 1.1}},
+        {"controller": {"estimate": "position", "policy": "confidence"}},
+        {"controller": {"estimate": "constant"}, "tree": {"shape": "tree"}},
+    ],
+)
+def test_a_controller_with_nothing_to_settle_is_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError) as error:
+        Speculative.model_validate({"drafter": "prompt_lookup", **options})
+    (found,) = error.value.errors()
+    assert found["ctx"]["error"].code == "plan-conflict"

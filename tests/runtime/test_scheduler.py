@@ -100,6 +100,39 @@ def test_every_text_is_the_one_it_has_alone(sampling: Sampling, slots: int, spec
     assert {one.text.finish for one in jobs} == {"length"}
 
 
+@pytest.mark.parametrize("sampling", [Sampling(), SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("speculative", [False, True])
+def test_prompts_ride_along_with_decoding_passes(sampling: Sampling, speculative: bool) -> None:
+    engine = ToyEngine(V, ragged=True, least=2)
+    wanted = [alone(engine, prompt, 20 + i, sampling, key=i) for i, prompt in enumerate(PROMPTS)]
+    served = scheduler(engine, 3, drafters() if speculative else None)
+    jobs = [job(served, prompt, 20 + i, sampling, key=i) for i, prompt in enumerate(PROMPTS)]
+    for one in jobs:
+        served.submit(one)
+    drain(served)
+    assert [one.text.tokens for one in jobs] == wanted
+    assert served.run.stats.purposes["prefill"] == 1  # only the first prompt found nobody to ride with
+    assert [one.stats.tokens for one in jobs] == [20 + i for i in range(len(jobs))]
+    if not speculative:
+        assert [one.stats.passes for one in jobs] == [19 + i for i in range(len(jobs))]  # the prompt's own token took no decoding pass
+
+
+def test_an_error_in_a_pass_that_a_prompt_rode_along_with_ends_both() -> None:
+    class Failing(ToyEngine):
+        def forward(self, cache: Any, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
+            if step.firsts is not None:
+                raise RuntimeError("out of memory")
+            return super().forward(cache, step, logits=logits, top_k=top_k)
+
+    served = scheduler(Failing(V, ragged=True), 2)
+    jobs = [job(served, prompt) for prompt in (PROMPTS[0], PROMPTS[1], PROMPTS[3])]
+    for one in jobs:
+        served.submit(one)
+    events = drain(served)
+    assert [event.job for event in events if event.error] == jobs[:2]
+    assert [event.finish for event in events if event.job is jobs[2]][-1] == "length"
+
+
 def test_every_order_of_arrival_gives_the_same_texts() -> None:
     engine = ToyEngine(V)
     wanted = [alone(engine, prompt, 12, SAMPLED, key=i) for i, prompt in enumerate(PROMPTS[:4])]

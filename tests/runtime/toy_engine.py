@@ -109,21 +109,23 @@ class ToyEngine:
         assert step.tokens.max() < self.spec.vocab_size
         self.passes.append((cache.lengths.tolist(), rows, step.parents is not None))
         self.taken.append(which)
+        assert step.firsts is None or self.spec.ragged
         cache.last_rows = rows
-        out: Floats = np.empty((batch, rows - step.logits_from, self.spec.vocab_size), dtype=np.float32)
+        out: Floats = np.full((batch, rows - step.logits_from, self.spec.vocab_size), -1, dtype=np.float32)
         for place, b in enumerate(which):
-            length = int(cache.lengths[b])
-            assert length + rows <= min(cache.capacity, self.spec.max_length)
-            depth, paths = [0] * rows, [[0]] * rows
-            for r in range(rows):
+            length, first = int(cache.lengths[b]), step.logits_from if step.firsts is None else int(step.firsts[place])
+            run = max(int(step.counts[place]), step.least) if self.spec.ragged and step.counts is not None else rows
+            assert length + run <= min(cache.capacity, self.spec.max_length)
+            depth, paths = [0] * run, [[0]] * run
+            for r in range(run):
                 parent = r - 1 if step.parents is None else int(step.parents[place, r])
                 assert -1 <= parent < r
                 depth[r] = 0 if parent < 0 else depth[parent] + 1
                 paths[r] = [r] if parent < 0 else [*paths[parent], r]
                 cache.slots[b][length + r] = (length + depth[r], int(step.tokens[place, r]))
-            for r in range(step.logits_from, rows):
+            for r in range(first, run):
                 visible = cache.slots[b][:length] + [cache.slots[b][length + a] for a in paths[r]]
-                out[place, r - step.logits_from] = self.logits(visible)
+                out[place, r - first] = self.logits(visible)
         outputs = Outputs(
             argmax=out.argmax(-1),
             logits=out if logits else None,
