@@ -8,15 +8,15 @@ Paper     used by SWIFT (43), EvoPress (18), ShortGPT-style depth pruning
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.fx import Node
 
 from planc.compiler.blocks import find_blocks
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Block, Program
-from planc.runtime.errors import CompileError
+from planc.runtime.errors import CompileError, PlanError
 
 
 def check_layers(layers: Iterable[int], blocks: Mapping[int, Block], key: str) -> None:
@@ -36,22 +36,32 @@ class SkipLayers(Pass):
     """Remove whole decoder layers from the graph."""
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
-    layers: tuple[int, ...] = Field(description="numbers of the layers to skip, counted from 0 in the original model")
+    layers: tuple[int, ...] = Field((), description="numbers of the layers to skip, counted from 0 in the original model")
+    keep: tuple[int, ...] | None = Field(None, min_length=1, description="instead of `layers`: numbers of the layers that stay")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.keep is not None and self.layers:
+            raise PlanError("plan-bad-value", "skip_layers takes layers or keep, not both", fix="skip_layers: {keep: [0, 1]}")
+        return self
 
     def apply(self, program: Program, context: Context) -> Program:
         """Connect each skipped layer's readers to its input."""
-        if not self.layers or any(c.pass_name == self.key and self.layers == tuple(map(int, c.notes)) for c in program.history):
+        if any(c.pass_name == self.key and self.layers == tuple(map(int, c.notes)) for c in program.history):
             return program
         blocks = {b.index: b for b in find_blocks(program)}
-        check_layers(self.layers, blocks, self.key)
-        if len(set(self.layers)) == len(blocks):
+        check_layers(self.layers or self.keep or (), blocks, self.key)
+        skipped = self.layers if self.keep is None else tuple(i for i in blocks if i not in self.keep)
+        if not skipped:
+            return program
+        if len(set(skipped)) == len(blocks):
             raise CompileError("pass-refused", "all decoder layers are skipped", where=f"pass {self.key}", fix="leave at least one layer")
         edit = program.edit(self.key)
         moved: dict[Node, Node] = {}
-        for index in sorted(set(self.layers)):
+        for index in sorted(set(skipped)):
             exit_, entry = edit[blocks[index].exit], edit[blocks[index].entry]
             while entry in moved:  # the layer before was skipped as well
                 entry = moved[entry]
             edit.replace(exit_, entry)
             moved[exit_] = entry
-        return edit.done(len(set(self.layers)), len(set(self.layers)), notes=map(str, self.layers))
+        return edit.done(len(set(skipped)), len(set(skipped)), notes=map(str, skipped))

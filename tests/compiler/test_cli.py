@@ -92,6 +92,18 @@ def test_run_streams_then_tells(exe: Executable) -> None:
     assert "the same tokens" in lines[-2]
 
 
+def test_run_says_that_tested_draws_give_another_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = executable()
+    assert made.decode.speculative is not None
+    tested = made.decode.speculative.model_copy(update={"acceptance": "recursive"})
+    made.decode = made.decode.model_copy(update={"speculative": tested})
+    monkeypatch.setattr(store, "open_plan", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
+    for arguments, exactness in (((), "bitwise"), (("--temperature", "1"), "distribution")):
+        result = planc_command("run", "plan.yaml", "w1 w2 w3", "--json", *arguments)
+        assert json.loads(result.stdout.splitlines()[-1])["exactness"] == exactness
+        assert f"exactness {exactness}" in result.stdout.splitlines()[-2] and "OTHER TOKENS" not in result.stdout
+
+
 def test_run_without_comparison(exe: Executable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Executable, "plain", lambda self: pytest.fail("the plain plan was made"))
     result = planc_command("run", "plan.yaml", "w1", "--no-compare", "--max-new-tokens", "5", "--json")
