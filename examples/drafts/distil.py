@@ -127,7 +127,7 @@ class Target:
     """The target as it will be drafted for, in 8 bits; prompts of any length share its passes."""
 
     def __init__(self, model: str) -> None:
-        self._exe = planc.compile(model, PLAN, measure=False)
+        self._exe = planc.compile(model, {**PLAN, "target": {"threads": torch.get_num_threads()}}, measure=False)
         self.text, self._eos = self._exe.text, set(self._exe.eos_ids)
 
     def write(self, prompts: list[list[int]], temperatures: list[float], longest: int, rng: np.random.Generator) -> list[Chat]:
@@ -454,12 +454,12 @@ def main() -> None:
     parser.add_argument("--repeat", type=int, default=2, help="answers per prompt of a file")
     parser.add_argument("--passages", type=Path, nargs="*", default=[], help="plain texts")
     parser.add_argument("--prompt-weight", type=float, default=0.2, help="weight of the prompts' tokens in training")
-    parser.add_argument("--number", type=int, default=2400, help="prompts in all")
+    parser.add_argument("--number", type=int, default=560, help="prompts in all")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="decoder layers of the target that the draft starts from")
     parser.add_argument("--keep", type=int, default=8192, help="tokens that the draft chooses from")
-    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
-    parser.add_argument("--rate", type=float, default=8e-4, help="highest learning rate")
+    parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
     args = parser.parse_args()
     {"texts": write_texts, "train": train, "score": score}[args.task](args)
 

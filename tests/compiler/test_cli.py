@@ -289,6 +289,20 @@ def test_a_changed_model_or_source_is_another_artifact(compiler: list[str], tmp_
     assert store.key(plan, str(model)) != second
 
 
+@pytest.mark.parametrize(
+    "passes", ["passes: [load_weights: {file: w}]", "decode: {speculative: {drafter: [draft_model: {passes: [trim_vocab: {file: w}]}]}}"]
+)
+def test_a_changed_file_of_a_pass_is_another_artifact(passes: str, tmp_path: Path) -> None:
+    """Wherever the pass stands; the file counts from the plan's folder."""
+    plan, weights = tmp_path / "p.yaml", tmp_path / "w"
+    plan.write_text(passes)
+    missing = store.key(plan, "m")
+    weights.write_text("one")
+    first = store.key(plan, "m")
+    weights.write_text("three")
+    assert len({missing, first, store.key(plan, "m")}) == 3
+
+
 def test_a_damaged_artifact_of_the_cache_is_made_again(compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from planc.runtime.errors import ArtifactError
 
