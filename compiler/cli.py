@@ -112,7 +112,7 @@ def run(
     answer = _stream(exe, text, settings, verbose)
     reference = plain.generate(text, **settings) if plain is not None else None
     assert not isinstance(reference, list)
-    result = _run_result(exe, answer, reference)
+    result = _run_result(exe, answer, reference, temperature)
     print(f"\n{_run_line(result)}", flush=True)
     if as_json:
         _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
@@ -141,8 +141,8 @@ def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int
     return answer
 
 
-def _run_result(exe: Executable, answer: Generation, reference: Generation | None) -> dict[str, Any]:
-    report, stats = exe.report(), answer.stats
+def _run_result(exe: Executable, answer: Generation, reference: Generation | None, temperature: float | None) -> dict[str, Any]:
+    report, stats = exe.report(temperature), answer.stats
     result: dict[str, Any] = {
         "text": answer.text,
         "ids": answer.ids,
@@ -174,7 +174,8 @@ def _run_line(result: dict[str, Any]) -> str:
     parts = [f"{result['tokens']} tokens", f"{result['tokens_per_s']:.1f} tokens/s", f"first token after {result['ttft_ms']:.0f} ms"]
     parts.append(f"{result['tokens_per_pass']:.2f} tokens per pass")
     if result["ratio"] is not None:
-        same = "the same tokens" if result["identical"] else "OTHER TOKENS"
+        other = "another sample" if result["exactness"] == "distribution" else "OTHER TOKENS"
+        same = "the same tokens" if result["identical"] else other
         parts.append(f"{result['ratio']:.2f}x the plain plan ({result['plain_tokens_per_s']:.1f} tokens/s, {same})")
     parts.append(f"exactness {result['exactness'] or 'not measured'}")
     return " | ".join(parts)

@@ -125,7 +125,7 @@ def rewrite(
     program = raise_program(trace(loaded.module, info))
     verify(program, "raising")
     ids = text_ids(loaded)
-    context = Context(calibration if calibration is not None else calibration_blocks(ids), None)
+    context = Context(calibration if calibration is not None else calibration_blocks(ids), None, chosen.folder)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)

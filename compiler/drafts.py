@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.onnx.engine import OnnxEngine
 from planc.compiler.plan import Plan
+from planc.compiler.plan_source import Source
 from planc.compiler.skip_fit import fit_skip
 from planc.passes.kv_cache import KvCache
 from planc.runtime import profile
@@ -104,7 +105,7 @@ def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
     """The draft model's own plan: plain decoding, for the same target."""
     if part.plan is None:
-        return Plan(passes=(*plan.passes, *part.passes), target=plan.target)
+        return Plan(Source(str(plan.folder / "draft.yaml")), passes=(*plan.passes, *part.passes), target=plan.target)
     own = Plan.from_yaml(_beside(plan, part.plan))
     if own.decode.speculative is not None:
         raise PlanError(

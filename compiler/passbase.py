@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -36,10 +37,11 @@ CHANGES = Effect("changes")
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the program: text to calibrate on (token ids [S, L]) and a note of progress."""
+    """What a pass may use besides the program: text to calibrate on (token ids [S, L]), a note of progress, and where its files lie."""
 
     calibration: Tensor | None = None
     progress: Any = None
+    folder: Path = Path()  # that of the plan
 
 
 class Pass(PlanPart):

@@ -101,10 +101,21 @@ def key(plan: Path, model: str) -> str:
         json.dumps(data, sort_keys=True, default=str),
         _model_identity(model),
         *_draft_identities(data, plan.parent),
+        *_file_identities(data, plan.parent),
         *(f"{name}={version_of(name)}" for name in LIBRARIES),
         _sources(),
     ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+
+
+def _file_identities(plan: Any, folder: Path) -> list[str]:
+    """What the files are that options called `file` name, wherever they stand in the plan."""
+    if isinstance(plan, list):
+        return [line for item in plan for line in _file_identities(item, folder)]
+    if not isinstance(plan, dict):
+        return []
+    here = [_model_identity(str(folder / plan["file"]))] if isinstance(plan.get("file"), str) else []
+    return here + _file_identities(list(plan.values()), folder)
 
 
 def _draft_identities(plan: Any, folder: Path) -> list[str]:

@@ -9,16 +9,16 @@ Paper     used by SWIFT (43), EvoPress (18), ShortGPT-style depth pruning
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from typing import ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch.fx import Node
 
 from planc.compiler.blocks import find_blocks
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Block, Program
 from planc.compiler.units import Unit, find_units
-from planc.runtime.errors import CompileError
+from planc.runtime.errors import CompileError, PlanError
 
 
 def check_layers(layers: Iterable[int], blocks: Mapping[int, Block], key: str) -> None:
@@ -41,20 +41,28 @@ class SkipLayers(Pass):
     layers: tuple[int, ...] = Field((), description="numbers of the layers to skip, counted from 0 in the original model")
     attention: tuple[int, ...] = Field((), description="layers that lose only their attention, and with it their part of the cache")
     mlp: tuple[int, ...] = Field((), description="layers that lose only their MLP")
+    keep: tuple[int, ...] | None = Field(None, min_length=1, description="instead of `layers`: numbers of the layers that stay")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if self.keep is not None and self.layers:
+            raise PlanError("plan-bad-value", "skip_layers takes layers or keep, not both", fix="skip_layers: {keep: [0, 1]}")
+        return self
 
     def apply(self, program: Program, context: Context) -> Program:
         """Connect each skipped layer's readers to its input, and replace each sum with a skipped sublayer by its other summand."""
-        if not self._names or any(c.pass_name == self.key and self._names == c.notes for c in program.history):
-            return program
         blocks = {b.index: b for b in find_blocks(program)}
-        check_layers((*self.layers, *self.attention, *self.mlp), blocks, self.key)
-        whole = set(self.layers)
+        names = self._names(blocks)
+        if not names or any(c.pass_name == self.key and names == c.notes for c in program.history):
+            return program
+        check_layers((*(self.layers or self.keep or ()), *self.attention, *self.mlp), blocks, self.key)
+        whole = self._whole(blocks)
         if whole.union(self.attention) == set(blocks):
             what = "decoder layers" if whole == set(blocks) else "attentions"
             raise CompileError("pass-refused", f"all {what} are skipped", where=f"pass {self.key}", fix="leave at least one")
         edit = program.edit(self.key)
         moved: dict[Node, Node] = {}  # a node that is gone, and what its readers read now
-        for unit in self._units(program):
+        for unit in self._units(program, whole):
             total, other = _sum_with(edit[unit.term], moved)
             edit.replace(total, other)
             moved[total] = other
@@ -64,15 +72,18 @@ class SkipLayers(Pass):
                 entry = moved[entry]
             edit.replace(exit_, entry)
             moved[exit_] = entry
-        return edit.done(len(set(self._names)), len(set(self._names)), notes=self._names)
+        return edit.done(len(set(names)), len(set(names)), notes=names)
 
-    @property
-    def _names(self) -> tuple[str, ...]:
-        return (*map(str, self.layers), *(f"attention {i}" for i in self.attention), *(f"mlp {i}" for i in self.mlp))
+    def _whole(self, blocks: Mapping[int, Block]) -> set[int]:
+        return set(self.layers) if self.keep is None else set(blocks) - set(self.keep)
 
-    def _units(self, program: Program) -> list[Unit]:
+    def _names(self, blocks: Mapping[int, Block]) -> tuple[str, ...]:
+        whole = self.layers if self.keep is None else sorted(self._whole(blocks))
+        return (*map(str, whole), *(f"attention {i}" for i in self.attention), *(f"mlp {i}" for i in self.mlp))
+
+    def _units(self, program: Program, whole: set[int]) -> list[Unit]:
         """The named sublayers of layers that stay."""
-        wanted = [(i, kind) for kind, layers in (("attention", self.attention), ("mlp", self.mlp)) for i in layers if i not in self.layers]
+        wanted = [(i, kind) for kind, layers in (("attention", self.attention), ("mlp", self.mlp)) for i in layers if i not in whole]
         units: dict[tuple[int, str], Unit] = {(unit.layer, unit.kind): unit for unit in find_units(program)} if wanted else {}
         for index, kind in wanted:
             if (index, kind) not in units:

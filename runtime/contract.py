@@ -160,6 +160,11 @@ class Exactness(_Model):
     largest_difference: float = 0.0  # largest |logit difference| among the probed rows
     note: str = ""
 
+    def sampled(self) -> Exactness:
+        """What is left of it where draws are tested: the text of a seed is not plain decoding's, its distribution is."""
+        note = "; ".join(filter(None, (self.note, "draws are tested, so that a seed gives another text than plain decoding")))
+        return self.model_copy(update={"level": weakest(self.level, "distribution"), "note": note})
+
     def line(self) -> str:
         """One line for people."""
         parts = [f"{self.level} (chains {self.chains}, trees {self.trees or 'not taken'}, at least {self.min_rows} rows a pass"]

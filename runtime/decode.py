@@ -156,6 +156,11 @@ class Decode(_Section):
     speculative: Speculative | None = None
     batching: Batching | None = None
 
+    def same_text(self, temperature: float | None = None) -> bool:
+        """Whether drafting leaves the text of a seed as it is, at this temperature (default: the plan's), and not just its distribution."""
+        temperature = self.sampling.temperature if temperature is None else temperature
+        return self.speculative is None or self.speculative.acceptance == "coupled" or temperature == 0.0
+
     @property
     def batch_sizes(self) -> tuple[int, ...]:
         """Sizes of batches whose cost matters."""

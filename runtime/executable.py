@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from planc.runtime.artifact import Manifest, sha256, write_artifact
-from planc.runtime.contract import LEVELS, Contract
+from planc.runtime.contract import LEVELS, Contract, Exactness
 from planc.runtime.controller import Controller, linear_cost
 from planc.runtime.decode import Batching, Decode
 from planc.runtime.drafters import Drafter, Host, Loaded
@@ -310,9 +310,14 @@ class Executable:
         write_artifact(Path(directory), build)
         return Path(directory)
 
-    def report(self) -> dict[str, Any]:
-        """What this executable is and promises, as plain data."""
+    def exactness(self, temperature: float | None = None) -> Exactness | None:
+        """What was measured of the passes, and what answers at this temperature (default: the plan's) keep of it; None: not measured."""
         exactness = self.contract.exactness
+        return exactness if exactness is None or self.decode.same_text(temperature) else exactness.sampled()
+
+    def report(self, temperature: float | None = None) -> dict[str, Any]:
+        """What this executable is and promises, as plain data; `exactness` is that of answers at `temperature` (default: the plan's)."""
+        exactness = self.exactness(temperature)
         report: dict[str, Any] = {
             "decode": self.decode.model_dump(mode="json"),
             "min_rows": self.min_rows,

@@ -146,7 +146,7 @@ def applied(part: Pass, program: Program, context: Context | None = None) -> Pro
         return new
     assert new.history[:-1] == program.history
     assert new.history[-1].pass_name == part.key and 0 < new.history[-1].rewritten <= new.history[-1].matched
-    assert show(new) != before or any(name not in program.params for name in new.params)
+    assert show(new) != before or any(value is not program.params.get(name) for name, value in new.params.items())
     again = part.apply(new, context)
     assert again.history == new.history and show(again) == show(new)
     return new

@@ -188,6 +188,11 @@ def _select(b: Builder, n: Node) -> str:
     return b.op("Gather", n.args[0], b.const(n.args[2], np.int64), axis=n.args[1])
 
 
+@lowers(aten.index_select.default)
+def _index_select(b: Builder, n: Node) -> str:
+    return b.op("Gather", n.args[0], n.args[2], axis=n.args[1])
+
+
 @lowers(aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)
 def _split(b: Builder, n: Node) -> tuple[str, ...]:
     axis = n.args[2] if len(n.args) > 2 else 0

@@ -31,7 +31,7 @@ class System:
 
     def about(self) -> dict[str, Any]:
         exe = self.forms["plan"]
-        report = exe.report()
+        report = exe.report(temperature=0.0)  # how `generate` below decodes
         return {
             "eos": list(exe.eos_ids),
             "exactness": report["exactness"],

@@ -34,11 +34,12 @@ class Dynamic(BuilderPart):
         growth = Growth(source, context, draft, key, limit=self.budget, temperature=self.temperature)
         threshold = 1.0 / min(context.budget, self.budget or context.budget) if self.threshold == "auto" else self.threshold
         if threshold > 0.0:
-            self._by_level(growth, threshold)
+            self._by_level(growth, max(threshold, context.row_price), context.pass_price)
         else:
             self._best_first(growth)
 
-    def _by_level(self, growth: Growth, threshold: float) -> None:
+    def _by_level(self, growth: Growth, threshold: float, least: float) -> None:
+        """`least`: what all slots of a level together must be worth, their parents' values being the most that it can be."""
         frontier = [(growth.root(), 1.0)]
         while frontier:
             following = dict[int, float]()  # row -> value
@@ -49,7 +50,7 @@ class Dynamic(BuilderPart):
                     side -= inside
                     if inside >= threshold and growth.may_follow(row):
                         following[row] = inside
-            if growth.full:
+            if growth.full or sum(following.values()) < least:
                 return
             frontier = list(zip(growth.expand(list(following)), following.values(), strict=True))
 

@@ -36,6 +36,8 @@ class Context:
     eos: frozenset[int] = frozenset()  # tokens that end the text; nothing follows them
     siblings: bool = True  # whether this round verifies several guesses for one place
     paused: bool = False  # speculation does not pay at the moment: guesses that cost a pass of their own are not worth making
+    row_price: float = 0.0  # what a guess more costs in the target's pass, as a share of a plain pass: what it has to be worth
+    pass_price: float = 0.0  # the same for a pass of the draft model
     longest: int = 0  # most tokens that the text may come to; 0 when that is not known
     draw: Draw = likeliest  # greedy, or with the noise of the place in the text (papers/A0 section 6)
     sampled: bool = False  # whether `draw` uses noise

@@ -101,7 +101,8 @@ class ModelDrafter:
         if most <= 0 or context.paused:
             return
         if self._builder is not None:
-            self._builder.grow(source, replace(context, depth=most), draft, "draft_model")
+            row, draft_pass = self._economy.prices(len(context.tokens))
+            self._builder.grow(source, replace(context, depth=most, row_price=row, pass_price=draft_pass), draft, "draft_model")
         elif self._economy.worth(context):
             chain(source, context, draft, most, self._economy, self._eos, "draft_model")
 
@@ -156,6 +157,11 @@ class Economy:
             return self._fixed
         prices = self._prices(past)
         return _FLOOR if prices is None else (prices[1] + prices[2]) / prices[0]
+
+    def prices(self, past: int) -> tuple[float, float]:
+        """What one more row in the target's pass, and a pass of the draft model, cost in plain passes; 0 where that does not count."""
+        prices = None if self._fixed is not None else self._prices(past)
+        return (0.0, 0.0) if prices is None else (prices[2] / prices[0], prices[1] / prices[0])
 
     def worth(self, context: Context) -> bool:
         """Shall this round be drafted for at all?"""

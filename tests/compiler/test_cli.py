@@ -93,6 +93,18 @@ def test_run_streams_then_tells(exe: Executable) -> None:
     assert "the same tokens" in lines[-2]
 
 
+def test_run_says_that_tested_draws_give_another_sample(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    made = executable()
+    assert made.decode.speculative is not None
+    tested = made.decode.speculative.model_copy(update={"acceptance": "recursive"})
+    made.decode = made.decode.model_copy(update={"speculative": tested})
+    monkeypatch.setattr(store, "open_plan", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
+    for arguments, exactness in (((), "bitwise"), (("--temperature", "1"), "distribution")):
+        result = planc_command("run", "plan.yaml", "w1 w2 w3", "--json", *arguments)
+        assert json.loads(result.stdout.splitlines()[-1])["exactness"] == exactness
+        assert f"exactness {exactness}" in result.stdout.splitlines()[-2] and "OTHER TOKENS" not in result.stdout
+
+
 def test_run_without_comparison(exe: Executable, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Executable, "plain", lambda self: pytest.fail("the plain plan was made"))
     result = planc_command("run", "plan.yaml", "w1", "--no-compare", "--max-new-tokens", "5", "--json")
@@ -297,6 +309,20 @@ def test_a_changed_model_or_source_is_another_artifact(compiler: list[str], tmp_
     assert second != first
     monkeypatch.setattr(store, "_sources", lambda: "edited")
     assert store.key(plan, str(model)) != second
+
+
+@pytest.mark.parametrize(
+    "passes", ["passes: [load_weights: {file: w}]", "decode: {speculative: {drafter: [draft_model: {passes: [trim_vocab: {file: w}]}]}}"]
+)
+def test_a_changed_file_of_a_pass_is_another_artifact(passes: str, tmp_path: Path) -> None:
+    """Wherever the pass stands; the file counts from the plan's folder."""
+    plan, weights = tmp_path / "p.yaml", tmp_path / "w"
+    plan.write_text(passes)
+    missing = store.key(plan, "m")
+    weights.write_text("one")
+    first = store.key(plan, "m")
+    weights.write_text("three")
+    assert len({missing, first, store.key(plan, "m")}) == 3
 
 
 def test_a_damaged_artifact_of_the_cache_is_made_again(compiler: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from planc.backends.reference import probe
 from planc.compiler.blocks import find_blocks
+from planc.compiler.plan import Plan
 from planc.passes.skip_layers import SkipLayers
-from planc.runtime.errors import CompileError
+from planc.runtime.errors import CompileError, PlanError
 
 
 def without(module: nn.Module, layers: Iterable[int], ids: Tensor) -> Tensor:
@@ -99,6 +100,20 @@ def test_skipping_in_two_steps_is_skipping_at_once() -> None:
     ids, program = token_ids(1, 9), raised("gemma3")
     twice = apply(program, SkipLayers(layers=(1,)), SkipLayers(layers=(2, 5)))
     assert torch.equal(probe(twice, ids)["logits"], probe(apply(program, SkipLayers(layers=(1, 2, 5))), ids)["logits"])
+
+
+def test_keeping_is_skipping_the_others() -> None:
+    ids, program = token_ids(1, 9), raised("gemma3")
+    kept = applied(SkipLayers(keep=(5, 0)), program)
+    assert torch.equal(probe(kept, ids)["logits"], probe(apply(program, SkipLayers(layers=(1, 2, 3, 4))), ids)["logits"])
+    assert apply(program, SkipLayers(keep=tuple(range(6)))) is program
+    with pytest.raises(CompileError) as caught:
+        apply(program, SkipLayers(keep=(0, 6)))
+    assert caught.value.code == "skip-out-of-range"
+    for options in ({"layers": [0], "keep": [1]}, {"keep": []}):
+        with pytest.raises(PlanError) as refused:
+            Plan.from_dict({"passes": [{"skip_layers": options}]})
+        assert refused.value.code == "plan-bad-value"
 
 
 def test_refuses() -> None:

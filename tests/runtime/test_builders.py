@@ -211,6 +211,25 @@ def test_dynamic_takes_the_most_valuable_slot_first() -> None:
     assert {tuple(draft.path(row)) for row in range(1, 10)} == {tuple(level.path(row)) for row in range(1, len(level))}
 
 
+@pytest.mark.parametrize("seed", [None, 1, 2])
+def test_dynamic_draws_nothing_that_costs_more_than_it_is_worth(seed: int | None) -> None:
+    """A dear row is a threshold, a dear draft pass ends the tree above the level that it would give."""
+    drawing = None if seed is None else Drawing(Sampling(temperature=1.0, seed=seed), 0, 3, tested=True)
+
+    def tree(**prices: float) -> tuple[Draft, int]:
+        source, draft = ToySource(logits), Draft(3)
+        Dynamic(threshold=0.05).grow(source, Context(0, [1, 2, 3], 60, 9, drawing, **prices), draft, "x")
+        return draft, len(source.calls)
+
+    free, calls = tree()
+    assert tree(row_price=0.2)[0].tokens == grown(Dynamic(threshold=0.2), budget=60, drawing=drawing).tokens
+    assert len(tree(row_price=0.2)[0]) < len(free)
+    first, second = (sum(v for v, d in zip(free.reach(), free.depths, strict=True) if d == depth and v >= 0.05) for depth in (1, 2))
+    shorter, fewer = tree(pass_price=(first + second) / 2)  # less than what the first level may lead to, more than the second
+    assert fewer == 2 < calls and (shorter.tokens, shorter.parents) == (free.tokens[: len(shorter)], free.parents[: len(shorter)])
+    assert max(tree(pass_price=1.5)[0].depths) == 1 and tree(pass_price=1.5)[1] == 1, "no level is worth more than a pass"
+
+
 def test_dynamic_believes_what_was_learned() -> None:
     rates, fresh = Rates(), grown(Dynamic(threshold=0.2))
     for _ in range(200):

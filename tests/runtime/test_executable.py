@@ -290,6 +290,22 @@ def saved(directory: Path) -> Executable:
     return Executable(ToyEngine(max_length=128), Text.load(directory), Decode.model_validate(manifest.decode), None, manifest, directory)
 
 
+@pytest.mark.parametrize("acceptance", ["coupled", "recursive", "block"])
+def test_tested_draws_keep_the_distribution_alone(acceptance: str) -> None:
+    """Greedy answers stay what was measured under every rule; sampled ones do where noise is shared with plain decoding."""
+    speculative = {**SPECULATIVE["speculative"], "acceptance": acceptance}
+    greedy, warm = (executable({"speculative": speculative, "sampling": {"temperature": t}}) for t in (0.0, 0.7))
+    sampled = "bitwise" if acceptance == "coupled" else "distribution"
+    assert (greedy.report()["exactness"], greedy.report(temperature=0.5)["exactness"]) == ("bitwise", sampled)
+    assert (warm.report()["exactness"], warm.report(temperature=0.0)["exactness"]) == (sampled, "bitwise")
+    assert warm.report()["exactness_line"].startswith(sampled) and warm.plain().report()["exactness"] == "bitwise"
+    assert ("another text" in warm.report()["exactness_line"]) == (sampled == "distribution")
+    worse = BITWISE.model_copy(update={"level": "lossy"})
+    assert executable({"speculative": speculative}, contract=Contract(exactness=worse)).report(0.7)["exactness"] == "lossy"
+    unknown = executable({"speculative": speculative}, contract=Contract())
+    assert (unknown.report(0.7)["exactness"], unknown.report(0.7)["exactness_line"]) == (None, "not measured")
+
+
 def test_save_and_report(tmp_path: Path) -> None:
     run = saved(tmp_path / "a")
     assert run.capacity == 100 and run.eos_ids == (EOS,) and run.trees_allowed
