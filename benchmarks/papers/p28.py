@@ -30,6 +30,8 @@ MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/28-rapid.yaml"
 DOCUMENT, TOKENS, GUESSES = 1800, 64, 4
 STRENGTHS = (0.0, 1.0, 3.0, 10.0)
+SHELVES = ("third shelf from the left", "broken piano", "sacks of barley", "stuffed heron")
+VISITORS = ("visitors sign the green ledger", "the bell is rung twice", "no boat may leave the quay", "the shutters stay closed")
 PLACES = ("north archive", "glass tower", "river depot", "old observatory")
 
 
@@ -60,11 +62,14 @@ def _questions(base: Executable) -> list[_Question]:
     found = []
     for i, place in enumerate(PLACES):
         code = 48213 + 1711 * i
-        needle = f" The keeper of the {place} wrote that the secret code of the {place} is {code} and that it opens the iron door. "
+        needle = (
+            f" The keeper of the {place} wrote that the iron door opens with the code {code}, that lamp oil is kept behind the {SHELVES[i]}, "
+            f"and that {VISITORS[i]} before noon. "
+        )
         document = text[i * DOCUMENT : (i + 1) * DOCUMENT]
         cut = DOCUMENT * (i + 1) // (len(PLACES) + 1)
         whole = base.text.decode(document[:cut]) + needle + base.text.decode(document[cut:])
-        question = f"Copy the sentence about the secret code of the {place} from the text, word for word."
+        question = f"Copy from the text, word for word, the sentence that begins: The keeper of the {place} wrote"
         found.append(_Question(base.text.apply_chat([{"role": "user", "content": f"{whole}\n\n{question}"}]), str(code)))
     return found
 
@@ -92,9 +97,10 @@ def _answer(exe: Executable, ids: Sequence[int], **options: Any) -> Generation:
 
 
 def _rate(answers: Sequence[Generation]) -> float:
-    """Accepted by drafted guesses."""
-    drafted = sum(answer.stats.drafted_by.get("retrieval", 0) for answer in answers)
-    return round(sum(answer.stats.accepted_by.get("retrieval", 0) for answer in answers) / max(1, drafted), 4)
+    """Accepted by tested guesses: behind the first wrong guess of a round none is tested."""
+    accepted = sum(count * times for answer in answers for count, times in answer.stats.accepted.items())
+    wrong = sum(times for answer in answers for count, times in answer.stats.accepted.items() if count < GUESSES)
+    return round(accepted / max(1, accepted + wrong), 4)
 
 
 def _identical(base: Executable, questions: list[_Question], plain: list[Generation], forced: list[Generation]) -> Item:
