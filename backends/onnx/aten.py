@@ -190,7 +190,13 @@ def _select(b: Builder, n: Node) -> str:
 
 @lowers(aten.index_select.default)
 def _index_select(b: Builder, n: Node) -> str:
-    return b.op("Gather", n.args[0], n.args[2], axis=n.args[1])
+    x, axis, index = n.args
+    shape = n.meta["val"].shape
+    if axis % len(shape) != len(shape) - 1:
+        return b.op("Gather", x, index, axis=axis)
+    # along the last axis Gather would copy number by number, which takes four times as long
+    everywhere = b.op("Expand", index, b.op("Concat", *(b.size(s) for s in shape), axis=0))
+    return b.op("GatherElements", x, everywhere, axis=axis)
 
 
 @lowers(aten.split.Tensor, aten.chunk.default, aten.split_with_sizes.default)

@@ -225,21 +225,26 @@ def write_texts(args: argparse.Namespace) -> None:
             cut = target.text.decode(target.text.encode(prompt, special=False)[: PROMPT - frame])
             asked.append(target.text.apply_chat([{"role": "user", "content": cut}]))
         chats = target.write(asked, [TEMPERATURES[i % len(TEMPERATURES)] for i in range(len(asked))], ANSWER, noise)
-        partial = path.with_suffix(".partial.npz")
-        np.savez(
-            partial,
-            tokens=np.concatenate([chat.tokens for chat in chats]).astype(np.int32),
-            lengths=np.array([len(chat.tokens) for chat in chats]),
-            starts=np.array([chat.start for chat in chats]),
-            top=np.concatenate([part for chat in chats for part in chat.top]),  # one row less than tokens in each conversation
-            logp=np.concatenate([part for chat in chats for part in chat.logp]),
-        )
-        partial.rename(path)
+        save_texts(path, chats)
         written, seconds = sum(chat.written for chat in chats), time.perf_counter() - start
         print(
             f"{path.name}: {written} tokens after {sum(chat.start for chat in chats)} of prompts, {written / seconds:.0f} a second",
             flush=True,
         )
+
+
+def save_texts(path: Path, chats: list[Chat]) -> None:
+    """Conversations in one file."""
+    partial = path.with_suffix(".partial.npz")
+    np.savez(
+        partial,
+        tokens=np.concatenate([chat.tokens for chat in chats]).astype(np.int32),
+        lengths=np.array([len(chat.tokens) for chat in chats]),
+        starts=np.array([chat.start for chat in chats]),
+        top=np.concatenate([part for chat in chats for part in chat.top]),  # one row less than tokens in each conversation
+        logp=np.concatenate([part for chat in chats for part in chat.logp]),
+    )
+    partial.rename(path)
 
 
 def read_texts(work: Path) -> Texts:
@@ -336,7 +341,7 @@ def divergence(student: Student, batch: Batch, prompts: float) -> tuple[Tensor, 
     each = (p * (logp - q_at)).sum(1) + rest_p * (rest_p / rest_q).log()
     answer = batch.answer[wanted]
     same = float((q.argmax(1) == slot[:, 0])[answer].float().mean())
-    overlap = float(torch.minimum(p, q_at.exp() * known).sum(1)[answer].mean())
+    overlap = float(torch.minimum(p, q_at.detach().exp() * known).sum(1)[answer].mean())
     return (each * weight).sum() / weight.sum(), same, overlap
 
 
@@ -379,7 +384,7 @@ def judge(student: Student, texts: Texts, held: list[int]) -> dict[str, float]:
 
 
 def train(args: argparse.Namespace) -> None:
-    """Adam with a warm-up and a cosine; a checkpoint every hundred steps, the weights with it."""
+    """Adam with a warm-up and a cosine; a checkpoint every fifty steps, the weights with it."""
     texts = read_texts(args.work)
     chosen, held = split(texts)
     loaded = load_model(args.model)
@@ -414,7 +419,7 @@ def train(args: argparse.Namespace) -> None:
         optimizer.zero_grad()
         losses.append(loss.item())
         step += 1
-        if step % 100 == 0 or step == args.steps:
+        if step % 50 == 0 or step == args.steps:
             figures = judge(student, texts, held)
             print(f"step {step}: loss {np.mean(losses):.4f}, {time.perf_counter() - start:.0f} s, held out {figures}", flush=True)
             losses = []
@@ -442,7 +447,7 @@ def score(args: argparse.Namespace) -> None:
     print(json.dumps({"step": state["step"], **judge(student, texts, split(texts)[1])}))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("task", choices=("texts", "train", "score"))
@@ -457,10 +462,10 @@ def main() -> None:
     parser.add_argument("--number", type=int, default=560, help="prompts in all")
     parser.add_argument("--layers", type=int, nargs="+", default=[0, 29], help="decoder layers of the target that the draft starts from")
     parser.add_argument("--keep", type=int, default=8192, help="tokens that the draft chooses from")
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens per step")
     parser.add_argument("--rate", type=float, default=1e-3, help="highest learning rate")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     {"texts": write_texts, "train": train, "score": score}[args.task](args)
 
 

@@ -70,6 +70,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "powers": lambda x, y: x.abs() ** 1.5 + torch.rsqrt(y.abs() + 1) + y.abs().sqrt(),
     "functions": lambda x, y: torch.tanh(x) + y.relu() - x.exp() + y.sigmoid() + x.cos() * y.sin() - torch.erf(x) - (-y),
     "activations": lambda x, y: F.silu(x) + F.gelu(y) + F.gelu(x, approximate="tanh"),
+    "index select": lambda x, y: (x.index_select(-1, y.mean((0, 1)).topk(5)[1]), x.index_select(0, y.mean((1, 2)).topk(2)[1])),
     "gated": lambda x, y: F.silu(x) * y + F.gelu(y) * x + F.gelu(x, approximate="tanh") * y + x.relu() * y,
     "layer norm": lambda x, y: F.layer_norm(x, (8,), y.mean((0, 1)), y.sum((0, 1)), 1e-3) + F.layer_norm(y, (8,)),
     "view": lambda x, y: x.view(x.shape[0], x.shape[1], 2, 4).transpose(1, 2).reshape(x.shape[0], -1, 4),
