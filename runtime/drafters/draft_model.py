@@ -28,6 +28,7 @@ else:
     PassItem = item_of("pass")
 
 FOLDER = "draft"  #: where the artifact of a target keeps that of its draft model
+FUZZY = "fuzzy"  #: where the latter keeps that of its fuzzy form
 
 _FLOOR = 0.05  # `min_p: auto` where nothing was measured
 _REST, _LONGEST_REST = 16, 1024  # rounds without drafts after drafting was seen not to pay
@@ -45,16 +46,24 @@ class DraftModel(DrafterPart):
     plan: str | None = Field(None, description="a plan file that the draft model is compiled by")
     model: str | None = Field(None, description="with `plan`: name or directory of the draft model; left out: the target itself")
     passes: tuple[PassItem, ...] = Field((), description="draft with the target itself after these passes on top of the plan's")
+    fuzzy: tuple[PassItem, ...] = Field(
+        (), description="passes that make a cheaper form of the draft model, which makes all guesses of a round but the first (papers/14)"
+    )
+    calibrate: bool = Field(True, description="with `fuzzy`: let the exact form write the cache of accepted guesses again, every round")
     min_p: Floor = Field("auto", description="stop where the guesses so far are right with less probability; auto: by measured cost")
     builder: BuilderItem | None = Field(None, description="the tree of guesses; left out: one chain that stops at `min_p`")
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         ways = [name for name in ("artifact", "plan", "passes") if getattr(self, name)]
-        if len(ways) != 1:
+        if len(ways) != 1 and not (self.fuzzy and not ways):
             found = f"both {' and '.join(ways)}" if ways else "none of them"
             fix = "draft_model: {artifact: DIR}, {plan: FILE, model: NAME} or {passes: [skip_layers: {layers: [3]}]}"
             raise PlanError("plan-bad-value", f"draft_model takes one of artifact, plan and passes; the plan gives {found}", fix=fix)
+        if self.fuzzy and self.artifact is not None:
+            raise PlanError(
+                "plan-bad-value", "draft_model: a compiled artifact has the form that it has", fix="remove `fuzzy`, or use `plan`"
+            )
         if self.model is not None and self.plan is None:
             raise PlanError("plan-bad-value", "draft_model: `model` goes with `plan`", fix="add `plan`, or remove `model`")
         return self
@@ -69,7 +78,7 @@ class DraftModel(DrafterPart):
         assert self.artifact is not None and self.artifact in host.models, (
             "loading an artifact opens the draft models that its drafters name"
         )
-        return ModelDrafter(host, host.models[self.artifact], self.min_p, self.builder)
+        return ModelDrafter(host, host.models[self.artifact], self.min_p, self.builder, calibrate=self.calibrate)
 
 
 class ModelDrafter:
@@ -78,8 +87,10 @@ class ModelDrafter:
     prompt_rows = 0
     top_k = 0
 
-    def __init__(self, host: Host, model: Loaded, min_p: Floor = "auto", builder: BuilderPart | None = None) -> None:
-        self._model, self._builder = model, builder
+    def __init__(
+        self, host: Host, model: Loaded, min_p: Floor = "auto", builder: BuilderPart | None = None, *, calibrate: bool = True
+    ) -> None:
+        self._model, self._builder, self._calibrate = model, builder, calibrate
         self._sources: dict[int, ModelSource] = {}
         self._economy = Economy(host, min_p, model.pass_ms)
         self._eos = frozenset(host.eos_ids)
@@ -90,7 +101,7 @@ class ModelDrafter:
 
     def propose(self, context: Context, draft: Draft) -> None:
         """A chain from the root; where other drafters guessed the same, their guesses gain a second reason."""
-        source = self._sources.setdefault(context.sequence, ModelSource(self._model))
+        source = self._sources.setdefault(context.sequence, ModelSource(self._model, calibrate=self._calibrate))
         source.longest = max(source.longest, context.longest)
         most = min(context.budget, context.depth, source.room(context.tokens))
         if most <= 0 or context.paused:

@@ -8,18 +8,22 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from models_tiny import VOCAB, layers_of, make, model
+from models_tiny import VOCAB, close, layers_of, make, model
 from test_edge import RUNNER  # what runs an artifact where torch cannot be imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import planc
+from planc.backends.onnx.engine import OnnxEngine
 from planc.compiler import store
 from planc.runtime.artifact import Manifest, read_artifact, write_manifest
+from planc.runtime.drafters.model_source import ModelSource
 from planc.runtime.errors import PlancError
+from planc.runtime.trees import Draft
 
 PROMPT = [5, 9, 5, 9, 5, 9, 7]
 SKIPPING = {"passes": [{"skip_layers": {"layers": [1]}}]}
@@ -189,6 +193,57 @@ def test_the_cache_of_artifacts_sees_another_draft(tmp_path: Path) -> None:
     assert store.key(tmp_path / "plan.yaml", "smollm2-135m") == first
     (tmp_path / "small.yaml").write_text("planc: 1\npasses: [smooth]\n")
     assert store.key(tmp_path / "plan.yaml", "smollm2-135m") != first
+
+
+# ---- a draft model in two forms ----
+
+
+def grouped(**options: Any) -> dict[str, Any]:
+    return {"fuzzy": [{"layer_parallel": {"n": 2, **options}}]}
+
+
+@pytest.fixture(scope="module")
+def four_layers() -> nn.Module:
+    return make("llama", num_hidden_layers=4)
+
+
+@pytest.mark.parametrize(("options", "states"), [({}, 4), ({"fused": True}, 3), ({"fused": True, "ops": "standard"}, 3)])
+def test_a_fuzzy_form_works_on_the_exact_ones_cache(options: dict[str, Any], states: int, four_layers: nn.Module, tmp_path: Path) -> None:
+    target = {"capacity": 128, "ops": options.pop("ops", "fast")}
+    exe = planc.compile(four_layers, plan(grouped(**options), target=target), out=tmp_path / "made", measure=False)
+    assert {"draft/manifest.json", "draft/fuzzy/manifest.json"} <= set(read_artifact(tmp_path / "made").files)
+    assert exe.report()["draft_models"]["draft"]["fuzzy"]
+    equals_plain(exe)
+    model = exe.models["draft"]
+    assert isinstance(model.engine, OnnxEngine) and isinstance(model.fuzzy, OnnxEngine)
+    assert len(model.fuzzy.states) == 2 * states
+    source, draft = ModelSource(model), Draft(7)
+    source.begin(PROMPT)
+    row = draft.add(0, 4, ("x",), 0.5)
+    approximate = source.expand(draft, [row])[0]
+    source.expand(draft, [draft.add(row, 6, ("x",), 0.5)])
+    after = source.begin([*PROMPT, 4, 6, 8])  # both guesses accepted: their keys and values are made again
+    fresh = ModelSource(model)
+    close(after, fresh.begin([*PROMPT, 4, 6, 8]))
+    assert np.abs(approximate - ModelSource(model).begin([*PROMPT, 4])).max() > 1e-2
+    for name, tensor in source._cache.state.items():  # type: ignore[union-attr]
+        close(tensor[:, :, : len(PROMPT) + 3], fresh._cache.state[name][:, :, : len(PROMPT) + 3])  # type: ignore[union-attr]
+
+
+def test_a_fuzzy_form_that_is_not_cheaper_is_left_out(four_layers: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dearest, kept in ((1e-9, False), (1e9, True)):
+        monkeypatch.setattr("planc.compiler.drafts._DEAREST", dearest)
+        exe = planc.compile(four_layers, plan(grouped(n=1), target={"capacity": 128}), out=tmp_path / str(kept))
+        assert exe.report()["fuzzy"]["kept"] is kept and exe.report()["fuzzy"]["step_ratio"] > 0
+        assert exe.report()["draft_models"]["draft"]["fuzzy"] is kept
+        assert ("draft/fuzzy/manifest.json" in read_artifact(tmp_path / str(kept)).files) is kept
+        equals_plain(exe)
+
+
+def test_forms_that_are_refused(tmp_path: Path) -> None:
+    assert refused(model("llama"), {"artifact": "x", **grouped()}, tmp_path).code == "plan-bad-value"
+    assert refused(model("gpt_neox"), grouped(), tmp_path).code == "pass-refused"
+    assert refused(model("llama"), grouped(), tmp_path).code == "pass-refused"  # no two layers between the first and the last
 
 
 # ---- the target itself with sublayers left out ----
