@@ -7,7 +7,7 @@ distribution agree on the token. Drafting stops where one more guess costs more 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -20,6 +20,7 @@ from planc.runtime.drafters.model_source import ModelSource
 from planc.runtime.engine import Floats
 from planc.runtime.errors import PlanError
 from planc.runtime.registry import item_of
+from planc.runtime.sampling import best
 from planc.runtime.trees import Draft
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ _FLOOR = 0.05  # `min_p: auto` where nothing was measured
 _REST, _LONGEST_REST = 16, 1024  # rounds without drafts after drafting was seen not to pay
 _NEAR = 8  # the price of one more row is read from the target's cost table between its smallest pass and this many rows
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # acceptance is learned per step of the draft's own probability
+_SURE = (0.95, 0.8, 0.5)  # the draft's probabilities by which `BySureness.leaves` are counted
 
 Floor = Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -115,7 +117,24 @@ class ModelDrafter:
         """Nothing: what was committed is read from the text."""
 
 
-def chain(source: Source, context: Context, draft: Draft, most: int, economy: Economy, eos: frozenset[int], key: str) -> None:
+@dataclass(frozen=True)
+class BySureness:
+    """Where a chain ends beside its floor, and what stands beside it, by the draft's own probability of the last guess (papers/43)."""
+
+    confidence: float = 0.0  # a guess with less is the last one
+    leaves: tuple[int, int, int, int] | None = None  # guesses for its place, itself included: above each of _SURE, and below
+
+
+def chain(
+    source: Source,
+    context: Context,
+    draft: Draft,
+    most: int,
+    economy: Economy,
+    eos: frozenset[int],
+    key: str,
+    rule: BySureness = BySureness(),
+) -> None:
     """Add the path that the source itself would take, as far as it is worth its passes."""
     floor = economy.floor(len(context.tokens))
     logits = source.begin(context.tokens)
@@ -123,10 +142,14 @@ def chain(source: Source, context: Context, draft: Draft, most: int, economy: Ec
     while True:
         token = context.draw(logits, path)
         q = probability(logits, token)
+        if rule.leaves is not None:
+            count = rule.leaves[next((i for i, sure in enumerate(_SURE) if q > sure), len(_SURE))]
+            for rank, other in enumerate(other for other in best(logits, count).tolist() if other != token):
+                draft.add(row, other, (key, "leaf", rank, count), probability(logits, other))
         row = draft.add(row, token, (key, bisect_right(_CONFIDENCE, q), int(context.sampled)), q)
         path.append(token)
         reach *= draft.p[row]  # the draft's own probability of the path, corrected by what was seen of its kind
-        if len(path) == most or reach < floor or token in eos:
+        if len(path) == most or reach < floor or q < rule.confidence or token in eos:
             break
         begin = perf_counter()
         logits = source.expand(draft, [row])[0]

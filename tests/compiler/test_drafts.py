@@ -22,6 +22,7 @@ from planc.backends.onnx.engine import OnnxEngine
 from planc.compiler import store
 from planc.runtime.artifact import Manifest, read_artifact, write_manifest
 from planc.runtime.drafters.model_source import ModelSource
+from planc.runtime.drafters.self_skip import SkipDrafter
 from planc.runtime.errors import PlancError
 from planc.runtime.trees import Draft
 
@@ -67,7 +68,7 @@ def test_the_target_after_more_passes(skipping: Path) -> None:
     assert manifest.plan["decode"]["speculative"]["drafter"] == [{"draft_model": {"min_p": 0.0, **SKIPPING}}]
     exe = planc.load(skipping)
     equals_plain(exe)
-    assert exe.report()["draft_models"] == {"draft": {"same_vocabulary": True, "pass_ms": draft.contract.cost.ms(1, 128)}}
+    assert exe.report()["draft_models"] == {"draft": {"same_vocabulary": True, "pass_ms": draft.contract.cost.ms(1, 128), "fuzzy": False}}
 
 
 @pytest.mark.parametrize("builder", [{"chain": {}}, {"constant": {"branching": [2, 1]}}, {"dynamic": {"budget": 4}}])
@@ -290,6 +291,29 @@ def test_self_skip_with_a_set_of_the_plan(family: str, target: dict[str, Any], t
         answers, plain = (e.generate(prompts, max_new_tokens=20, **options) for e in (exe, exe.plain()))
         assert [a.ids for a in answers] == [p.ids for p in plain]  # type: ignore[union-attr]
         assert answers[0].stats.drafted_by["self_skip"] > 0  # type: ignore[index]
+
+
+def test_self_skip_searches_while_it_serves(tmp_path: Path) -> None:
+    """Over requests, from every other layer on; the two layers that hardly do anything are found, as far as scores tell."""
+    module = make("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        for layer in layers_of(module)[2:4]:
+            layer.self_attn.o_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+            layer.mlp.down_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+    options = {"search": {"ratio": 0.5, "window": 12, "stop": 0.99}, "confidence": 0.1}
+    exe = planc.compile(module, skipping_plan(**options), out=tmp_path / "made", measure=False)
+    [item] = read_artifact(tmp_path / "made").decode["speculative"]["drafter"]
+    assert item["self_skip"]["search"] == options["search"]
+    assert item["self_skip"]["attention"] == item["self_skip"]["mlp"] == [1, 3]
+    for seed in range(6):
+        prompt = [5 + seed, *PROMPT]
+        answer, plain = (e.generate(prompt, max_new_tokens=80, temperature=0.7, seed=seed) for e in (exe, exe.plain()))
+        assert answer.ids == plain.ids  # type: ignore[union-attr]
+    [drafts] = exe._idle[0].drafters
+    assert isinstance(drafts, SkipDrafter) and drafts.search is not None
+    closed = {unit for unit, runs in zip(drafts.skip.units, drafts.gates, strict=True) if not runs}
+    assert len(closed) == 4
+    assert len(closed & {(layer, kind) for layer in (2, 3) for kind in ("attention", "mlp")}) >= 3  # two of them at the start
 
 
 def test_self_skip_refusals(tmp_path: Path) -> None:
