@@ -18,7 +18,7 @@ from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.contract import Contract, hardware
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import DraftModel, SelfSkip
-from planc.runtime.drafters.draft_model import FOLDER
+from planc.runtime.drafters.draft_model import FOLDER, FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import CompileError, PlanError
@@ -26,6 +26,8 @@ from planc.runtime.text import Text
 
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
+
+_DEAREST, _PAST = 0.9, 128  # a fuzzy form whose pass takes a larger share of the exact form's, behind so many tokens, is left out
 
 
 def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip]:
@@ -48,8 +50,8 @@ def attach_drafts(
         place = planned.plan.where("decode", "speculative", "drafter", index)
         try:
             if isinstance(part, DraftModel):
-                _attach_model(planned, part, directory / FOLDER, place, measure, note)
-                drafters[index] = part.model_copy(update={"artifact": FOLDER, "plan": None, "model": None, "passes": ()})
+                extra |= _attach_model(planned, part, directory / FOLDER, place, measure, note)
+                drafters[index] = part.model_copy(update={"artifact": FOLDER, "plan": None, "model": None, "passes": (), "fuzzy": ()})
             else:
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found
@@ -60,13 +62,27 @@ def attach_drafts(
     return manifest.model_copy(update={"decode": decode.model_dump(mode="json"), "extra": extra})
 
 
-def _attach_model(planned: Planned, part: DraftModel, target: Path, place: str | None, measure: bool, note: Callable[[str], None]) -> None:
+def _attach_model(
+    planned: Planned, part: DraftModel, target: Path, place: str | None, measure: bool, note: Callable[[str], None]
+) -> dict[str, Any]:
+    """Write the draft model into the folder `target`; what the manifest has to say of it."""
     note("the draft model")
     if part.artifact is not None:
         _copy(_beside(planned.plan, part.artifact), target)
     else:
         _compile(planned, part, place, target, measure, note)
     _check(planned, read_artifact(target, verify=False), target)
+    if not part.fuzzy:
+        return {}
+    note("the fuzzy form of the draft model")
+    _compile(planned, part, place, target / FUZZY, measure, note, fuzzy=True)
+    exact, fuzzy = (read_artifact(folder, verify=False).contract.cost for folder in (target, target / FUZZY))
+    if exact is None or fuzzy is None:
+        return {}
+    ratio = fuzzy.ms(1, _PAST) / exact.ms(1, _PAST)
+    if ratio > _DEAREST:  # worse guesses for the same time
+        shutil.rmtree(target / FUZZY)
+    return {"fuzzy": {"step_ratio": round(ratio, 4), "kept": ratio <= _DEAREST}}
 
 
 def _beside(plan: Plan, path: str) -> Path:
@@ -82,10 +98,14 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source / name, target / name)
 
 
-def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
+def _compile(
+    planned: Planned, part: DraftModel, place: str | None, target: Path, measure: bool, note: Callable[[str], None], *, fuzzy: bool = False
+) -> None:
     from planc.compiler.compile import capacity_of, rewrite, tree_form
 
     plan, model = _plan_of(planned.plan, part, place), _model_of(planned, part)
+    if fuzzy:
+        plan = plan.model_copy(update={"passes": (*plan.passes, *part.fuzzy)})
     if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
         plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
     draft = rewrite(model, plan, note=lambda text: note(f"the draft model: {text}"))
@@ -95,7 +115,7 @@ def _compile(planned: Planned, part: DraftModel, place: str | None, target: Path
         cost = profile.measure_cost(engine, capacity=min(capacity, 1024), seconds=3.0, logits=True) if measure else None
         return Contract(cost=cost, effects=draft.effects, hardware=hardware())
 
-    added = {extra.key for extra in part.passes}
+    added = set[str]() if fuzzy else {extra.key for extra in part.passes}  # a fuzzy form may be the exact one: n = 1
     if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
         message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
         raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")

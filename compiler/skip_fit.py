@@ -12,7 +12,7 @@ import numpy as np
 from planc.backends.onnx.engine import Gates, OnnxEngine, OnnxSkipEngine
 from planc.runtime.contract import Contract
 from planc.runtime.decode import Decode
-from planc.runtime.drafters.self_skip import SelfSkip, gates_of
+from planc.runtime.drafters.self_skip import SelfSkip, alternating, free_units, gates_of
 from planc.runtime.drafters.skip_search import SkipSearch, chain_speed
 from planc.runtime.engine import Cache, Ints, Step
 from planc.runtime.loops import autoregressive
@@ -54,21 +54,17 @@ def fit_skip(
 
     if part.attention or part.mlp:
         gates, tried = gates_of(skip.units, part.attention, part.mlp), 0
+    elif part.search is not None:
+        gates, tried = alternating(skip.units, part.search.ratio), 0
     else:
         note("self_skip: searching")
-        search = SkipSearch(_free(skip.units), lambda gates: match(gates, places[:-1]), speed, part.most)
+        search = SkipSearch(free_units(skip.units), lambda gates: match(gates, places[:-1]), speed, part.most)
         gates, tried = search.run(part.steps).gates, search.tried
     rate = match(gates, places[-1:])
     closed = [unit for unit, runs in zip(skip.units, gates, strict=True) if not runs]
     lists = {kind: tuple(layer for layer, own in closed if own == kind) for kind in ("attention", "mlp")}
     found = {"tried": tried, "left_out": len(closed), "match": round(rate, 4), "speed": round(speed(rate, gates), 4)}
     return part.model_copy(update=lists), {"unit_ms": ms, "self_skip": found}
-
-
-def _free(units: Sequence[tuple[int, str]]) -> Gates:
-    """The first and the last layer always run, where the model has more than two."""
-    ends = {units[0][0], units[-1][0]} if len({layer for layer, _ in units}) > 2 else set[int]()
-    return np.array([layer not in ends for layer, _ in units], dtype=np.bool_)
 
 
 def _starts(text: Sequence[int], longest: int) -> list[Sequence[int]]:

@@ -24,6 +24,7 @@ class FuseProjections(Pass):
     """Join q, k, v and gate, up; demanded by `quantize_weights`."""
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
+    after: ClassVar[tuple[str, ...]] = ("layer_parallel",)  # which looks for the single products, and leaves wider ones to join
 
     @property
     def effect(self) -> Effect:

@@ -328,7 +328,8 @@ class Executable:
             "exactness_line": exactness.line() if exactness is not None else "not measured",
             "contract": self.contract.model_dump(mode="json"),
             "draft_models": {
-                name: {"same_vocabulary": model.vocabulary is None, "pass_ms": model.pass_ms} for name, model in self.models.items()
+                name: {"same_vocabulary": model.vocabulary is None, "pass_ms": model.pass_ms, "fuzzy": model.fuzzy is not None}
+                for name, model in self.models.items()
             },
         }
         if self.manifest is not None:
@@ -338,6 +339,7 @@ class Executable:
                 "plan": self.manifest.plan,
                 "backend": self.manifest.backend,
                 "target": self.manifest.target,
+                "fuzzy": self.manifest.extra.get("fuzzy"),  # what a pass of the draft model's fuzzy form costs, and whether it was kept
                 "self_skip": self.manifest.extra.get("self_skip"),  # what the search found: sublayers left out, match rate, speed
             }
             report |= {"files": files, "bytes": sum(files.values())}

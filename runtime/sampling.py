@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -145,7 +145,7 @@ def _as_exponential(u: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.asarray(-np.log1p(-(u + 2.0**-54)))  # shifted into (0, 1): finite Gumbels, no 0 / 0
 
 
-def best(scores: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+def best(scores: NDArray[np.floating[Any]], count: int) -> NDArray[np.int64]:
     """Ids of the `count` highest scores, falling; the lower id first on a tie, also at the cut."""
     if count < scores.size:
         floor = np.partition(scores, scores.size - count)[scores.size - count]

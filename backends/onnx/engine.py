@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -37,7 +37,13 @@ class OnnxCache:
     def __init__(self, engine: OnnxEngine, batch: int, capacity: int) -> None:
         # zeros, not empty: a slot that nobody wrote must not hold NaN; untouched pages cost no memory
         slots = capacity + 1  # a one-row pass may write a spare row behind its own
-        self.state = {name: np.zeros((batch, shape[1], slots, shape[3]), dtype) for name, (shape, dtype) in engine.states.items()}
+        # layers of one shape lie behind each other, so that a graph that joins their heads can work on the same memory (`seen_by`)
+        like: dict[Any, list[str]] = {}
+        for name, (shape, dtype) in engine.states.items():
+            like.setdefault((name.rpartition(".")[2], shape[1], shape[3], dtype), []).append(name)
+        slabs = {key: np.zeros((len(names), batch, key[1], slots, key[2]), key[3]) for key, names in like.items()}
+        self._place = {name: (slabs[key], i) for key, names in like.items() for i, name in enumerate(names)}
+        self.state = {name: slab[i] for name in engine.states for slab, i in (self._place[name],)}
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
         self.bindings: dict[Any, Any] = {}
@@ -59,6 +65,26 @@ class OnnxCache:
         """See the engine contract."""
         assert 0 <= length <= self.lengths[sequence]
         self.lengths[sequence] = length
+
+    def seen_by(self, states: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The memory by the state names of a graph over the same layers, in order, whose states may hold the heads of several layers.
+
+        The latter only for a cache of one sequence, where the layers' heads are contiguous.
+        """
+        if all(name in self.state and self.state[name].shape[1] == shape[1] for name, (shape, _) in states.items()):
+            return self.state
+        assert len(self.lengths) == 1, "heads of several layers are neighbours only where there is one sequence"
+        views = {}
+        for part in ("key", "value"):
+            layers = (name for name in self.state if name.endswith(part))
+            for name in (name for name in states if name.endswith(part)):
+                heads = states[name][0][1]
+                slab, start = self._place[next(layers)]
+                count = heads // slab.shape[2]
+                views[name] = slab[start : start + count].reshape(1, heads, *slab.shape[3:])
+                for _ in range(count - 1):
+                    next(layers)
+        return views
 
     def bytes(self) -> int:
         """Bytes of all slots (address space; memory is taken as slots are written)."""
@@ -154,7 +180,7 @@ class OnnxEngine:
         return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), {n: out[n] for n in self.spec.taps})
 
     def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None) -> Outputs:
-        key = (self.file, part.start, part.stop, logits, top_k)
+        key = (self.session, part.start, part.stop, logits, top_k)
         if key not in cache.bindings:
             cache.bindings[key] = self._bind_state(cache, part)
         binding = cache.bindings[key]
@@ -203,7 +229,7 @@ class OnnxEngine:
     def _bind_state(self, cache: OnnxCache, part: slice) -> Any:
         """Past and present of each layer are the same buffer."""
         binding = self.session.io_binding()
-        for name, whole in cache.state.items():
+        for name, whole in cache.seen_by(self.states).items():
             array = whole[part]
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             binding.bind_output(f"present.{name.partition('.')[2]}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)

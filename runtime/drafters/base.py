@@ -83,7 +83,8 @@ class Loaded:
     engine: Engine
     capacity: int  # slots per sequence
     vocabulary: Vocabulary | None = None  # None: the target's own ids
-    cost: CostTable | None = None  # of its passes, as measured
+    cost: CostTable | None = None  # of the passes that draft, as measured
+    fuzzy: Engine | None = None  # a cheaper form of the model that works on the same caches (papers/14)
 
     @property
     def pass_ms(self) -> float | None:

@@ -7,7 +7,7 @@ distribution agree on the token. Drafting stops where one more guess costs more 
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
@@ -20,6 +20,7 @@ from planc.runtime.drafters.model_source import ModelSource
 from planc.runtime.engine import Floats
 from planc.runtime.errors import PlanError
 from planc.runtime.registry import item_of
+from planc.runtime.sampling import best
 from planc.runtime.trees import Draft
 
 if TYPE_CHECKING:
@@ -28,11 +29,13 @@ else:
     PassItem = item_of("pass")
 
 FOLDER = "draft"  #: where the artifact of a target keeps that of its draft model
+FUZZY = "fuzzy"  #: where the latter keeps that of its fuzzy form
 
 _FLOOR = 0.05  # `min_p: auto` where nothing was measured
 _REST, _LONGEST_REST = 16, 1024  # rounds without drafts after drafting was seen not to pay
 _NEAR = 8  # the price of one more row is read from the target's cost table between its smallest pass and this many rows
 _CONFIDENCE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.97)  # acceptance is learned per step of the draft's own probability
+_SURE = (0.95, 0.8, 0.5)  # the draft's probabilities by which `BySureness.leaves` are counted
 
 Floor = Literal["auto"] | Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -45,16 +48,24 @@ class DraftModel(DrafterPart):
     plan: str | None = Field(None, description="a plan file that the draft model is compiled by")
     model: str | None = Field(None, description="with `plan`: name or directory of the draft model; left out: the target itself")
     passes: tuple[PassItem, ...] = Field((), description="draft with the target itself after these passes on top of the plan's")
+    fuzzy: tuple[PassItem, ...] = Field(
+        (), description="passes that make a cheaper form of the draft model, which makes all guesses of a round but the first (papers/14)"
+    )
+    calibrate: bool = Field(True, description="with `fuzzy`: let the exact form write the cache of accepted guesses again, every round")
     min_p: Floor = Field("auto", description="stop where the guesses so far are right with less probability; auto: by measured cost")
     builder: BuilderItem | None = Field(None, description="the tree of guesses; left out: one chain that stops at `min_p`")
 
     @model_validator(mode="after")
     def _one_way(self) -> Self:
         ways = [name for name in ("artifact", "plan", "passes") if getattr(self, name)]
-        if len(ways) != 1:
+        if len(ways) != 1 and not (self.fuzzy and not ways):
             found = f"both {' and '.join(ways)}" if ways else "none of them"
             fix = "draft_model: {artifact: DIR}, {plan: FILE, model: NAME} or {passes: [skip_layers: {layers: [3]}]}"
             raise PlanError("plan-bad-value", f"draft_model takes one of artifact, plan and passes; the plan gives {found}", fix=fix)
+        if self.fuzzy and self.artifact is not None:
+            raise PlanError(
+                "plan-bad-value", "draft_model: a compiled artifact has the form that it has", fix="remove `fuzzy`, or use `plan`"
+            )
         if self.model is not None and self.plan is None:
             raise PlanError("plan-bad-value", "draft_model: `model` goes with `plan`", fix="add `plan`, or remove `model`")
         return self
@@ -69,7 +80,7 @@ class DraftModel(DrafterPart):
         assert self.artifact is not None and self.artifact in host.models, (
             "loading an artifact opens the draft models that its drafters name"
         )
-        return ModelDrafter(host, host.models[self.artifact], self.min_p, self.builder)
+        return ModelDrafter(host, host.models[self.artifact], self.min_p, self.builder, calibrate=self.calibrate)
 
 
 class ModelDrafter:
@@ -78,8 +89,10 @@ class ModelDrafter:
     prompt_rows = 0
     top_k = 0
 
-    def __init__(self, host: Host, model: Loaded, min_p: Floor = "auto", builder: BuilderPart | None = None) -> None:
-        self._model, self._builder = model, builder
+    def __init__(
+        self, host: Host, model: Loaded, min_p: Floor = "auto", builder: BuilderPart | None = None, *, calibrate: bool = True
+    ) -> None:
+        self._model, self._builder, self._calibrate = model, builder, calibrate
         self._sources: dict[int, ModelSource] = {}
         self._economy = Economy(host, min_p, model.pass_ms)
         self._eos = frozenset(host.eos_ids)
@@ -95,7 +108,7 @@ class ModelDrafter:
 
     def propose(self, context: Context, draft: Draft) -> None:
         """A chain from the root; where other drafters guessed the same, their guesses gain a second reason."""
-        source = self._sources.setdefault(context.sequence, ModelSource(self._model))
+        source = self._sources.setdefault(context.sequence, ModelSource(self._model, calibrate=self._calibrate))
         source.longest = max(source.longest, context.longest)
         most = min(context.budget, context.depth, source.room(context.tokens))
         if most <= 0 or context.paused:
@@ -110,7 +123,24 @@ class ModelDrafter:
         """Nothing: what was committed is read from the text."""
 
 
-def chain(source: Source, context: Context, draft: Draft, most: int, economy: Economy, eos: frozenset[int], key: str) -> None:
+@dataclass(frozen=True)
+class BySureness:
+    """Where a chain ends beside its floor, and what stands beside it, by the draft's own probability of the last guess (papers/43)."""
+
+    confidence: float = 0.0  # a guess with less is the last one
+    leaves: tuple[int, int, int, int] | None = None  # guesses for its place, itself included: above each of _SURE, and below
+
+
+def chain(
+    source: Source,
+    context: Context,
+    draft: Draft,
+    most: int,
+    economy: Economy,
+    eos: frozenset[int],
+    key: str,
+    rule: BySureness = BySureness(),
+) -> None:
     """Add the path that the source itself would take, as far as it is worth its passes."""
     floor = economy.floor(len(context.tokens))
     logits = source.begin(context.tokens)
@@ -118,10 +148,14 @@ def chain(source: Source, context: Context, draft: Draft, most: int, economy: Ec
     while True:
         token = context.draw(logits, path)
         q = probability(logits, token)
+        if rule.leaves is not None:
+            count = rule.leaves[next((i for i, sure in enumerate(_SURE) if q > sure), len(_SURE))]
+            for rank, other in enumerate(other for other in best(logits, count).tolist() if other != token):
+                draft.add(row, other, (key, "leaf", rank, count), probability(logits, other))
         row = draft.add(row, token, (key, bisect_right(_CONFIDENCE, q), int(context.sampled)), q)
         path.append(token)
         reach *= draft.p[row]  # the draft's own probability of the path, corrected by what was seen of its kind
-        if len(path) == most or reach < floor or token in eos:
+        if len(path) == most or reach < floor or q < rule.confidence or token in eos:
             break
         begin = perf_counter()
         logits = source.expand(draft, [row])[0]

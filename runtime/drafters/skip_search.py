@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planc.runtime.drafters.self_skip import Gates
+from planc.runtime.drafters.serving_search import Gates
 
 _RANDOM = 0.15  # share of the sets that are drawn at random once the sublayers are ranked
 _DEEPEST = 12  # longest chain whose speed is considered

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.decode import Decode
 from planc.runtime.drafters import DraftModel, Loaded
+from planc.runtime.drafters.draft_model import FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import ArtifactError
@@ -65,7 +66,11 @@ def _draft_model(folder: Path, target: Manifest, tokenizer: str, text: Text, thr
     same = ours is not None and theirs is not None and ours.sha256 == theirs.sha256
     sizes = target.signature.vocab_size, draft.signature.vocab_size
     words = None if same and sizes[0] == sizes[1] else vocabulary(text, Text.load(folder, eos_ids=draft.eos_ids or None), *sizes)
-    return Loaded(_engine(folder, draft, threads), draft.signature.capacity, words, draft.contract.cost)
+    engine = _engine(folder, draft, threads)
+    if f"{folder.name}/{FUZZY}/{MANIFEST}" not in target.files:
+        return Loaded(engine, draft.signature.capacity, words, draft.contract.cost)
+    fuzzy = read_artifact(folder / FUZZY, verify=False)
+    return Loaded(engine, draft.signature.capacity, words, fuzzy.contract.cost, _engine(folder / FUZZY, fuzzy, threads))
 
 
 def _engine(directory: Path, manifest: Manifest, threads: int | None) -> Engine:

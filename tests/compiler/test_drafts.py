@@ -8,18 +8,23 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from models_tiny import VOCAB, layers_of, make, model
+from models_tiny import VOCAB, close, layers_of, make, model
 from test_edge import RUNNER  # what runs an artifact where torch cannot be imported
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 import planc
+from planc.backends.onnx.engine import OnnxEngine
 from planc.compiler import store
 from planc.runtime.artifact import Manifest, read_artifact, write_manifest
+from planc.runtime.drafters.model_source import ModelSource
+from planc.runtime.drafters.self_skip import SkipDrafter
 from planc.runtime.errors import PlancError
+from planc.runtime.trees import Draft
 
 PROMPT = [5, 9, 5, 9, 5, 9, 7]
 SKIPPING = {"passes": [{"skip_layers": {"layers": [1]}}]}
@@ -63,7 +68,7 @@ def test_the_target_after_more_passes(skipping: Path) -> None:
     assert manifest.plan["decode"]["speculative"]["drafter"] == [{"draft_model": {"min_p": 0.0, **SKIPPING}}]
     exe = planc.load(skipping)
     equals_plain(exe)
-    assert exe.report()["draft_models"] == {"draft": {"same_vocabulary": True, "pass_ms": draft.contract.cost.ms(1, 128)}}
+    assert exe.report()["draft_models"] == {"draft": {"same_vocabulary": True, "pass_ms": draft.contract.cost.ms(1, 128), "fuzzy": False}}
 
 
 @pytest.mark.parametrize("builder", [{"chain": {}}, {"constant": {"branching": [2, 1]}}, {"dynamic": {"budget": 4}}])
@@ -191,6 +196,57 @@ def test_the_cache_of_artifacts_sees_another_draft(tmp_path: Path) -> None:
     assert store.key(tmp_path / "plan.yaml", "smollm2-135m") != first
 
 
+# ---- a draft model in two forms ----
+
+
+def grouped(**options: Any) -> dict[str, Any]:
+    return {"fuzzy": [{"layer_parallel": {"n": 2, **options}}]}
+
+
+@pytest.fixture(scope="module")
+def four_layers() -> nn.Module:
+    return make("llama", num_hidden_layers=4)
+
+
+@pytest.mark.parametrize(("options", "states"), [({}, 4), ({"fused": True}, 3), ({"fused": True, "ops": "standard"}, 3)])
+def test_a_fuzzy_form_works_on_the_exact_ones_cache(options: dict[str, Any], states: int, four_layers: nn.Module, tmp_path: Path) -> None:
+    target = {"capacity": 128, "ops": options.pop("ops", "fast")}
+    exe = planc.compile(four_layers, plan(grouped(**options), target=target), out=tmp_path / "made", measure=False)
+    assert {"draft/manifest.json", "draft/fuzzy/manifest.json"} <= set(read_artifact(tmp_path / "made").files)
+    assert exe.report()["draft_models"]["draft"]["fuzzy"]
+    equals_plain(exe)
+    model = exe.models["draft"]
+    assert isinstance(model.engine, OnnxEngine) and isinstance(model.fuzzy, OnnxEngine)
+    assert len(model.fuzzy.states) == 2 * states
+    source, draft = ModelSource(model), Draft(7)
+    source.begin(PROMPT)
+    row = draft.add(0, 4, ("x",), 0.5)
+    approximate = source.expand(draft, [row])[0]
+    source.expand(draft, [draft.add(row, 6, ("x",), 0.5)])
+    after = source.begin([*PROMPT, 4, 6, 8])  # both guesses accepted: their keys and values are made again
+    fresh = ModelSource(model)
+    close(after, fresh.begin([*PROMPT, 4, 6, 8]))
+    assert np.abs(approximate - ModelSource(model).begin([*PROMPT, 4])).max() > 1e-2
+    for name, tensor in source._cache.state.items():  # type: ignore[union-attr]
+        close(tensor[:, :, : len(PROMPT) + 3], fresh._cache.state[name][:, :, : len(PROMPT) + 3])  # type: ignore[union-attr]
+
+
+def test_a_fuzzy_form_that_is_not_cheaper_is_left_out(four_layers: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for dearest, kept in ((1e-9, False), (1e9, True)):
+        monkeypatch.setattr("planc.compiler.drafts._DEAREST", dearest)
+        exe = planc.compile(four_layers, plan(grouped(n=1), target={"capacity": 128}), out=tmp_path / str(kept))
+        assert exe.report()["fuzzy"]["kept"] is kept and exe.report()["fuzzy"]["step_ratio"] > 0
+        assert exe.report()["draft_models"]["draft"]["fuzzy"] is kept
+        assert ("draft/fuzzy/manifest.json" in read_artifact(tmp_path / str(kept)).files) is kept
+        equals_plain(exe)
+
+
+def test_forms_that_are_refused(tmp_path: Path) -> None:
+    assert refused(model("llama"), {"artifact": "x", **grouped()}, tmp_path).code == "plan-bad-value"
+    assert refused(model("gpt_neox"), grouped(), tmp_path).code == "pass-refused"
+    assert refused(model("llama"), grouped(), tmp_path).code == "pass-refused"  # no two layers between the first and the last
+
+
 # ---- the target itself with sublayers left out ----
 
 
@@ -235,6 +291,29 @@ def test_self_skip_with_a_set_of_the_plan(family: str, target: dict[str, Any], t
         answers, plain = (e.generate(prompts, max_new_tokens=20, **options) for e in (exe, exe.plain()))
         assert [a.ids for a in answers] == [p.ids for p in plain]  # type: ignore[union-attr]
         assert answers[0].stats.drafted_by["self_skip"] > 0  # type: ignore[index]
+
+
+def test_self_skip_searches_while_it_serves(tmp_path: Path) -> None:
+    """Over requests, from every other layer on; the two layers that hardly do anything are found, as far as scores tell."""
+    module = make("llama", num_hidden_layers=6)
+    with torch.no_grad():
+        for layer in layers_of(module)[2:4]:
+            layer.self_attn.o_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+            layer.mlp.down_proj.weight.mul_(1e-4)  # type: ignore[union-attr, operator]
+    options = {"search": {"ratio": 0.5, "window": 12, "stop": 0.99}, "confidence": 0.1}
+    exe = planc.compile(module, skipping_plan(**options), out=tmp_path / "made", measure=False)
+    [item] = read_artifact(tmp_path / "made").decode["speculative"]["drafter"]
+    assert item["self_skip"]["search"] == options["search"]
+    assert item["self_skip"]["attention"] == item["self_skip"]["mlp"] == [1, 3]
+    for seed in range(6):
+        prompt = [5 + seed, *PROMPT]
+        answer, plain = (e.generate(prompt, max_new_tokens=80, temperature=0.7, seed=seed) for e in (exe, exe.plain()))
+        assert answer.ids == plain.ids  # type: ignore[union-attr]
+    [drafts] = exe._idle[0].drafters
+    assert isinstance(drafts, SkipDrafter) and drafts.search is not None
+    closed = {unit for unit, runs in zip(drafts.skip.units, drafts.gates, strict=True) if not runs}
+    assert len(closed) == 4
+    assert len(closed & {(layer, kind) for layer in (2, 3) for kind in ("attention", "mlp")}) >= 3  # two of them at the start
 
 
 def test_self_skip_refusals(tmp_path: Path) -> None:

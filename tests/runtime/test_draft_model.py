@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from tokenizers import Tokenizer, models
 from tokenizers.decoders import ByteLevel
 from tokenizers.decoders import Metaspace as MetaspaceDecoder
-from toy_engine import ToyEngine
+from toy_engine import ToyCache, ToyEngine
 
 from planc.runtime.contract import CostTable
 from planc.runtime.controller import Controller
@@ -22,6 +22,7 @@ from planc.runtime.drafters import Context, DraftModel, Host, Loaded
 from planc.runtime.drafters.draft_model import Economy, ModelDrafter, probability
 from planc.runtime.drafters.model_source import ModelSource
 from planc.runtime.drafters.vocabulary import Vocabulary, vocabulary
+from planc.runtime.engine import Outputs, Step
 from planc.runtime.errors import PlanError
 from planc.runtime.loops import Stats
 from planc.runtime.text import Text
@@ -314,3 +315,73 @@ def test_options_of_the_part() -> None:
     assert Speculative.model_validate({"drafter": part}).model_dump(mode="json")["drafter"] == [
         {"draft_model": {"artifact": "draft", "min_p": 0.2}}
     ]
+
+
+# ---- a fuzzy form on the same cache (papers/14) ----
+
+
+class Fuzzy(ToyEngine):
+    """What it writes into the cache is marked, and changes what any form says behind it."""
+
+    def forward(self, cache: Any, step: Step, **options: Any) -> Outputs:
+        outputs = super().forward(cache, step, **options)
+        start = int(cache.lengths[0])
+        for slot in range(start, start + step.tokens.shape[1]):
+            position, token = cache.slots[0][slot]
+            cache.slots[0][slot] = (position, token + MARK)
+        return outputs
+
+
+MARK = 1000
+
+
+def rounds(
+    calibrate: bool, decode: Decode, budget: int = 4, fuzzy: ToyEngine | None = None
+) -> tuple[list[int], ToyEngine, Fuzzy, ToyCache]:
+    """The text of a prompt, both forms of the draft model, and its cache; the target's logits are the exact form's."""
+    exact, approximate = ToyEngine(V, predictable=0.9), fuzzy or Fuzzy(V, predictable=0.9)
+    model = Loaded(exact, 512, fuzzy=approximate)
+    drafts = ModelDrafter(Host(ToyEngine(V)), model, 0.0, calibrate=calibrate)
+    [text], _ = generate(ToyEngine(V, predictable=0.9), [PROMPTS[0]], decode, [drafts], Tree(budget=budget))
+    return text, exact, approximate, drafts._sources[0]._cache  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("calibrate", [True, False])
+@pytest.mark.parametrize("decode", [Decode(max_new_tokens=24), sampled()])
+def test_a_fuzzy_form_changes_no_token(calibrate: bool, decode: Decode) -> None:
+    plain, _ = generate(ToyEngine(V, predictable=0.9), [PROMPTS[0]], decode)
+    assert rounds(calibrate, decode)[0] == plain[0]
+    assert rounds(calibrate, decode, fuzzy=Fuzzy(V, seed=7))[0] == plain[0]
+
+
+def test_calibration_is_one_exact_pass_per_round() -> None:
+    text, exact, fuzzy, cache = rounds(True, Decode(max_new_tokens=24))
+    lengths = [lengths[0] for lengths, _, _ in exact.passes]
+    rows = [rows for _, rows, _ in exact.passes]
+    assert lengths == [0, *(a + b for a, b in zip(lengths, rows, strict=False))][:-1]  # behind what was exact; nothing is written twice
+    assert rows[0] == len(PROMPTS[0]) + 1  # the prompt, and the token that the target took after it
+    assert {rows for _, rows, _ in fuzzy.passes} == {1}
+    certain = lengths[-1] + rows[-1]
+    assert cache.slots[0][:certain] == list(enumerate(text[:certain]))
+    assert len(fuzzy.passes) <= 3 * len(exact.passes)  # of four guesses a round the exact pass makes the first
+
+
+def test_without_calibration_the_prompt_alone_is_exact() -> None:
+    text, exact, _, cache = rounds(False, Decode(max_new_tokens=24))
+    assert [rows for _, rows, _ in exact.passes] == [len(PROMPTS[0]) + 1]
+    known = int(cache.lengths[0])
+    start = len(PROMPTS[0]) + 1
+    assert known > start + 8
+    assert cache.slots[0][:start] == list(enumerate(text[:start]))
+    assert all(token >= MARK for _, token in cache.slots[0][start:known])
+
+
+def test_another_text_is_read_exactly() -> None:
+    source = ModelSource(Loaded(ToyEngine(V), 512, fuzzy=Fuzzy(V)), calibrate=False)
+    wanted = ModelSource(Loaded(ToyEngine(V), 512))
+    draft = Draft(3)
+    source.begin([1, 2, 3])
+    source.expand(draft, [draft.add(0, 5, ("x",), 0.5)])
+    assert not np.array_equal(source.begin([1, 2, 3, 5, 6]), wanted.begin([1, 2, 3, 5, 6]))  # goes on, fuzzily
+    assert np.array_equal(source.begin([1, 9, 3, 5]), wanted.begin([1, 9, 3, 5]))
+    assert source.exact == len(source.held) == 4
