@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planc.runtime import entropy
+
 NAMESPACE = "planc"
 MASKED = torch.finfo(torch.float32).min
 
@@ -195,6 +197,12 @@ def linear_blocks(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | Non
 def embedding_int8(table: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     """Rows of an int8 table [V,K] with one scale [V] per row, for ids [B,R] -> [B,R,K] float32."""
     return table[ids].float() * scale[ids][..., None]
+
+
+@_op("decode_bf16", lambda coded, rows, columns: coded.new_empty((rows, columns), dtype=torch.float32))
+def decode_bf16(coded: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix [rows, columns] float32 of an entropy-coded container (`runtime/entropy.py`), bit for bit."""
+    return torch.from_numpy(entropy.widen(entropy.decode(coded.numpy()))).reshape(rows, columns)
 
 
 def _rows_fake(x: Tensor, start: Tensor) -> Tensor:

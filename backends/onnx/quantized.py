@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from onnx import TensorProto
 from torch.fx import Node
 
 from planc.backends.onnx.build import MICROSOFT, Builder, Lowering
 from planc.compiler.dialect import OPS
+
+aten = torch.ops.aten
 
 
 def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
@@ -101,10 +104,17 @@ def _embedding_int8(b: Builder, n: Node) -> str:
     return b.op("Mul", rows, b.op("Unsqueeze", b.op("Gather", scale, ids, axis=0), b.const([-1], np.int64)))
 
 
+def _decode_bf16(b: Builder, n: Node) -> str | None:
+    """A matrix that one product reads is stored in the product's own order instead, see `_linear` in aten.py."""
+    alone = len(n.users) == 1 and next(iter(n.users)).target is aten.linear.default
+    return None if alone else b.coded(n)
+
+
 TABLE: dict[object, Lowering] = {
     OPS.linear_int8.default: _linear_int8,
     OPS.linear_blocks.default: _linear_blocks,
     OPS.embedding_int8.default: _embedding_int8,
+    OPS.decode_bf16.default: _decode_bf16,
 }
 
 
