@@ -131,7 +131,7 @@ class Container:
     @classmethod
     def parse(cls, coded: Bytes) -> Container:
         """Read the header and the tables. Raises ArtifactError[artifact-corrupt] where they do not fit together."""
-        raw = memoryview(np.ascontiguousarray(coded))
+        raw = memoryview(np.ascontiguousarray(coded).data)
         head = _HEADER.size + 256
         if len(raw) < head or bytes(raw[:4]) != _MAGIC:
             raise _corrupt("it does not start like an entropy-coded matrix")
@@ -232,4 +232,5 @@ def _table(lengths: Bytes) -> NDArray[np.uint64]:
 
 
 def _corrupt(message: str) -> ArtifactError:
-    return ArtifactError("artifact-corrupt", f"an entropy-coded matrix cannot be decoded: {message}", fix="compile the model again or copy the artifact anew")
+    fix = "compile the model again or copy the artifact anew"
+    return ArtifactError("artifact-corrupt", f"an entropy-coded matrix cannot be decoded: {message}", fix=fix)

@@ -29,5 +29,7 @@ def read_coded(directory: Path) -> dict[str, ort.OrtValue]:
         with np.load(path, allow_pickle=False) as file:
             containers = {name: file[name] for name in file.files}
     except (OSError, ValueError, BadZipFile) as error:
-        raise ArtifactError("artifact-corrupt", f"{CODED_FILE} cannot be read: {error}", where=str(path), fix="compile the plan again") from error
+        raise ArtifactError(
+            "artifact-corrupt", f"{CODED_FILE} cannot be read: {error}", where=str(path), fix="compile the plan again"
+        ) from error
     return {name: ort.OrtValue.ortvalue_from_numpy(entropy.widen(entropy.decode(container))) for name, container in containers.items()}

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from models_tiny import FAMILIES, POOL, applied, before_and_after, decoding, info, make, onnx_engine, one_layer, pooled, raised, token_ids
+from models_tiny import FAMILIES, POOL, applied, before_and_after, decoding, info, make, one_layer, onnx_engine, pooled, raised, token_ids
 
 from planc.backends.onnx.coded import CODED_FILE, read_coded
 from planc.backends.reference import probe

@@ -36,8 +36,9 @@ from planc.compiler.plan import Plan
 from planc.compiler.program import ModelInfo, Program
 from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace
+from planc.compiler.weight_forms import int8_rows
 from planc.passes.fuse_projections import FuseProjections
-from planc.passes.quantize_weights import QuantizeWeights, quantize_outputs
+from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.smooth import Smooth
 from planc.runtime.errors import CompileError, PlanError
 
@@ -120,7 +121,8 @@ def test_int8_error_is_within_its_steps() -> None:
     random = torch.Generator().manual_seed(1)
     for outputs, inputs in ((5, 3), (64, 48), (7, 300)):
         x, w = (torch.randn(n, inputs, generator=random) * torch.rand(n, 1, generator=random) * 9 for n in (11, outputs))
-        steps, scale = quantize_outputs(w)
+        steps, scale = int8_rows(w).parts.values()
+        assert steps is not None and scale is not None
         have = OPS.linear_int8.default(x, steps, scale, None).double()
         step_x, step_w = x.double().abs().amax(1) / 127, w.double().abs().amax(1) / 127
         bound = x.double().abs().sum(1)[:, None] * step_w / 2 + step_x[:, None] * w.double().abs().sum(1) / 2

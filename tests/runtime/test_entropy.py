@@ -49,7 +49,11 @@ def test_any_size_and_a_single_symbol(shape: tuple[int, int]) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(hnp.arrays(np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=300), elements=st.integers(0, 65535), fill=st.integers(0, 65535)))
+@given(
+    hnp.arrays(
+        np.uint16, hnp.array_shapes(min_dims=2, max_dims=2, max_side=300), elements=st.integers(0, 65535), fill=st.integers(0, 65535)
+    )
+)
 def test_property_any_words(words: np.ndarray) -> None:
     assert np.array_equal(entropy.decode(entropy.encode(words)), words)
 
@@ -97,12 +101,16 @@ def test_a_damaged_byte_is_an_error_or_changes_nothing() -> None:
     for at in [*range(0, 330, 3), *rng.integers(0, len(coded), 150), len(coded) - 1]:
         damaged = coded.copy()
         damaged[at] ^= np.uint8(1 << rng.integers(8))
-        try:
-            assert np.array_equal(entropy.decode(damaged), words)  # the bits that fill up a lane's last byte
-            silent += 1
-        except ArtifactError as error:
-            assert error.code == "artifact-corrupt"
+        found = attempt(damaged)
+        silent += found is not None
+        assert found is None or np.array_equal(found, words)  # the bits that fill up a lane's last byte
     assert silent < 20
-    for cut in (0, 10, 280, 300, 700, len(coded) - 1):
-        with pytest.raises(ArtifactError):
-            entropy.decode(coded[:cut])
+    assert all(attempt(coded[:cut]) is None for cut in (0, 10, 280, 300, 700, len(coded) - 1))
+
+
+def attempt(coded: np.ndarray) -> np.ndarray | None:
+    """What comes out; None where the damage is reported."""
+    try:
+        return entropy.decode(coded)
+    except ArtifactError as error:
+        return None if error.code == "artifact-corrupt" else coded
