@@ -11,6 +11,7 @@ from torch import Tensor
 from planc.compiler.codebooks import UNIT, Lookup, block_scales, lookup, quantize_scales
 
 _QUANTILES, _ROUNDS, _BINS = 32, 25, 2048
+_RATE = 4.0  # of the first step, in units of a move that no other move gets in the way of
 
 Rule = Literal["near", "distance"]
 
@@ -74,9 +75,9 @@ def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "
     """Learn tables and places together for the least error of the layer's outputs, tr(D G D^T) with D = W_hat - W and G = `gram`.
 
     A weight has one number that says how far it is on the way to a neighbouring entry of its table. The gradient of the output error moves it,
-    less the larger the gap (`near`; `distance` moves it more the larger the gap, as plain differentiation would), and beyond one half it takes
-    the neighbour's place. Entries of tables follow the gradient by Adam. The state with the least error is kept. `moves` is told how many
-    places each change of a weight went.
+    less the larger the gap (`near`; `distance` moves it more the larger the gap, as plain differentiation would). Beyond one half it takes the
+    neighbour's place, where that move alone would lower the error. Entries of tables follow the gradient by Adam. The state with the least
+    error is kept. `moves` is told how many places each change of a weight went.
     """
     outputs, inputs = weight.shape
     rows = torch.zeros(outputs, dtype=torch.long) if form.rows is None else form.rows.long()
@@ -85,7 +86,7 @@ def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "
     codes, way = form.codes.long(), torch.zeros_like(weight)
     first, second = torch.zeros_like(table), torch.zeros_like(table)
     best, least = form, float("inf")
-    step_of = gram.diagonal().clamp(min=float(gram.diagonal().mean()) * 1e-3)
+    speed = 1 / (_curvature(gram) * gram.diagonal().clamp(min=float(gram.diagonal().mean()) * 1e-3))
     for step in range(1, steps + 1):
         index = rows[:, None] * size + codes
         gradient = (table.flatten()[index] * scale - weight) @ gram
@@ -105,16 +106,28 @@ def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "
         side = -gradient.sign().long()
         neighbour = (codes + side).clamp(0, size - 1)
         gap = ((table.flatten()[rows[:, None] * size + neighbour] - table.flatten()[index]) * scale).abs()
-        wanted = -gradient / step_of  # the move that would make the error of this weight alone least
+        wanted = (gradient * speed).abs()  # a step of this size in all weights at once does not overshoot
         mean = gap.mean()
-        factor = torch.exp(-gap / mean) if rule == "near" else gap / mean
-        way = way + 0.3 * (1 - step / (steps + 1)) * (wanted / gap.clamp(min=1e-12)).clamp(-1, 1) * factor
-        moved = (way.abs() > 0.5) & (neighbour != codes)
+        factor = torch.exp(-gap / mean) if rule == "near" else gap
+        factor = factor / factor.mean()  # both rules take steps of the same mean size
+        way = way + side * _RATE * (1 - step / (steps + 1)) ** 2 * (wanted / gap.clamp(min=1e-12)).clamp(max=1) * factor
+        moved = (way.abs() > 0.5) & (neighbour != codes) & (2 * gradient.abs() > gap * gram.diagonal())  # alone it would lower the error
         if moves is not None:
             moves.extend((neighbour - codes)[moved].abs().tolist())
         codes = torch.where(moved, neighbour, codes)
         way = torch.where(moved, torch.zeros_like(way), way.clamp(-0.6, 0.6))
     return best
+
+
+def _curvature(gram: Tensor) -> float:
+    """Largest eigenvalue of the Gram matrix with its diagonal scaled to one, by power iteration."""
+    root = gram.diagonal().clamp(min=float(gram.diagonal().mean()) * 1e-3).rsqrt()
+    vector = torch.ones(len(gram)) / len(gram) ** 0.5
+    for _ in range(_ROUNDS):
+        vector = root * (gram @ (root * vector))
+        size = float(vector.norm())
+        vector = vector / max(size, 1e-30)
+    return max(size, 1.0)
 
 
 def _scale(weight: Tensor, block: int) -> Tensor:
