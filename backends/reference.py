@@ -2,37 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from planc.compiler.program import MAIN, Program
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.rows import key_bias, positions_of
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> dict[str, Tensor]:
-    """Outputs by name of one graph on `inputs` by name. Values are freed as soon as nobody reads them."""
+def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> Iterator[tuple[Node, Any]]:
+    """Every computed node of one graph with its value, in order; last the output node with the outputs by name.
+
+    Values are freed as soon as nobody reads them.
+    """
     values: dict[Any, Any] = {}
     pending = {node: len(node.users) for node in program.graphs[graph].nodes}
-    with torch.no_grad():
-        for node in program.graphs[graph].nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[str(node.target)]
-            elif node.op == "get_attr":
-                values[node] = program.params[str(node.target)]
-            elif node.op == "output":
-                return {name: values[value] for name, value in node.args[0].items()}
-            else:
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+    for node in program.graphs[graph].nodes:
+        if node.op == "placeholder":
+            values[node] = inputs[str(node.target)]
+        elif node.op == "get_attr":
+            values[node] = program.params[str(node.target)]
+        elif node.op == "output":
+            yield node, {name: values[value] for name, value in node.args[0].items()}
+        else:
+            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
+            with torch.no_grad():  # not around the loop: a generator must not leave the switch set while it waits
                 values[node] = node.target(*args, **kwargs)
-                for source in node.all_input_nodes:
-                    pending[source] -= 1
-                    if not pending[source]:
-                        del values[source]
+            for source in node.all_input_nodes:
+                pending[source] -= 1
+                if not pending[source]:
+                    del values[source]
+            yield node, values[node]
+
+
+def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> dict[str, Tensor]:
+    """Outputs by name of one graph on `inputs` by name."""
+    for node, value in execute(program, inputs, graph):
+        if node.op == "output":
+            return dict(value)
     raise AssertionError("graph without output")
 
 

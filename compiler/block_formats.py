@@ -1,4 +1,4 @@
-"""Block formats: rounding to nearest, and the blocks of a GGUF file as they are."""
+"""The packing of blocks, and the blocks of a GGUF file as they are."""
 
 from __future__ import annotations
 
@@ -13,17 +13,6 @@ from planc.compiler.dialect import OPS, unpack_blocks
 from planc.compiler.program import Program
 
 Blocks = tuple[Tensor, Tensor, Tensor | None, int]
-
-
-def round_blocks(weight: Tensor, bits: int, block: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Round to nearest in blocks: weight [N,K] -> packed [N,K/block,block*bits/8] uint8, scales [N,K/block], zero points (None: the middle)."""
-    outputs, inputs = weight.shape
-    cut = weight.float().reshape(outputs, inputs // block, block)
-    middle = 2 ** (bits - 1)
-    largest = cut.gather(2, cut.abs().argmax(2, keepdim=True))  # keeps its sign: the end of the range with one more step
-    scale = torch.where(largest == 0, torch.ones_like(largest), largest / -middle)
-    steps = (torch.round(cut / scale) + middle).clamp(0, 2**bits - 1).to(torch.uint8)
-    return pack(steps, bits), scale.squeeze(2), None
 
 
 def pack(steps: Tensor, bits: int) -> Tensor:

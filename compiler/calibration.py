@@ -1,59 +1,273 @@
-"""Statistics of values inside a program, streamed over calibration text by the reference backend."""
+"""Statistics of values inside a program: one streamed pass of the reference backend over calibration inputs gathers all that is wanted.
+
+    statistics = collect(program, {x: {Moments, Gram}, y: {RowPeaks}}, batches, progress)
+    statistics[x, Moments].variance
+
+A statistic is a mergeable accumulator: parts of a text, or several workers, give the same result as one run over all of it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.program import Program
+from planc.backends.reference import execute
+from planc.compiler.passbase import Context
+from planc.compiler.program import Program, describe
+from planc.runtime.errors import CompileError
+
+Batch = Mapping[str, Tensor]  # inputs of the program by name
+LEAST = 2  # rows without which nothing can be said about a value
 
 
-def mean_squares(program: Program, nodes: Iterable[Node], ids: Tensor, progress: Any = None) -> dict[Node, Tensor]:
-    """Mean of x**2 per channel [K] of each node [.., K], over token ids [S, L]; float64 sums, so the order of text does not matter."""
-    wanted = set(nodes)
-    totals: dict[Node, Tensor] = {}
+class Statistic(ABC):
+    """What is known about a value [..., K] from the `count` rows seen so far."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    @abstractmethod
+    def add(self, x: Tensor) -> None:
+        """Take in the rows of x [S, T, K]: S sequences of T rows."""
+
+    @abstractmethod
+    def merge(self, other: Self) -> None:
+        """Take in what `other` has seen; associative up to rounding, and the order only matters where rows keep theirs."""
+
+    @property
+    @abstractmethod
+    def value(self) -> Tensor:
+        """The accumulated tensor."""
+
+
+class Moments(Statistic):
+    """Mean and variance per channel, by the pairwise update of Chan, Golub and LeVeque (1979), in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torch.zeros(())  # [K]
+        self._squares = torch.zeros(())  # [K], sum of squared distances from the mean
+
+    def add(self, x: Tensor) -> None:
+        rows = x.double().flatten(0, -2)
+        part = Moments()
+        part.count, part.mean = len(rows), rows.mean(0)
+        part._squares = (rows - part.mean).pow_(2).sum(0)
+        self.merge(part)
+
+    def merge(self, other: Self | Moments) -> None:
+        if not self.count:
+            self.count, self.mean, self._squares = other.count, other.mean, other._squares
+        elif other.count:
+            total, distance = self.count + other.count, other.mean - self.mean
+            self._squares = self._squares + other._squares + distance.pow(2) * (self.count * other.count / total)
+            self.mean = self.mean + distance * (other.count / total)
+            self.count = total
+
+    @property
+    def variance(self) -> Tensor:
+        """E[(x - mean)^2] over all rows, [K] float64."""
+        return self._squares / self.count
+
+    @property
+    def mean_square(self) -> Tensor:
+        """E[x^2], [K] float64."""
+        return self.variance + self.mean.pow(2)
+
+    @property
+    def value(self) -> Tensor:
+        return self.mean_square
+
+
+class WithinVariance(Statistic):
+    """Variance per channel inside a sequence, averaged over the sequences by their rows: [K] float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._sum = torch.zeros((), dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        self._sum = self._sum + x.double().var(1, correction=0).sum(0) * x.shape[1]
+        self.count += x.shape[0] * x.shape[1]
+
+    def merge(self, other: Self) -> None:
+        self._sum = self._sum + other._sum
+        self.count += other.count
+
+    @property
+    def value(self) -> Tensor:
+        return self._sum / self.count
+
+
+class Gram(Statistic):
+    """X^T X over the rows, [K, K]: products and sums in float64, 8 K^2 bytes."""
+
+    dtype: ClassVar[torch.dtype] = torch.float64
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        rows = x.to(self.dtype).flatten(0, -2)
+        if not self.count:
+            self.matrix = torch.zeros(rows.shape[1], rows.shape[1], dtype=self.dtype)
+        self.matrix.addmm_(rows.t(), rows)
+        self.count += len(rows)
+
+    def merge(self, other: Self) -> None:
+        if other.count:
+            self.matrix = other.matrix.clone() if not self.count else self.matrix.add_(other.matrix)
+            self.count += other.count
+
+    @property
+    def value(self) -> Tensor:
+        return self.matrix
+
+
+class Gram32(Gram):
+    """X^T X in float32, half the memory and time: enough for a damped inverse, not for small eigenvalues."""
+
+    dtype = torch.float32
+
+
+class Peaks(Statistic):
+    """Largest |x| per channel, [K] float32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._peaks = torch.zeros(())
+
+    def add(self, x: Tensor) -> None:
+        rows = x.float().abs().flatten(0, -2)
+        self._peaks = torch.maximum(self._peaks, rows.amax(0))
+        self.count += len(rows)
+
+    def merge(self, other: Self) -> None:
+        self._peaks = torch.maximum(self._peaks, other._peaks)
+        self.count += other.count
+
+    @property
+    def value(self) -> Tensor:
+        return self._peaks
+
+
+class RowPeaks(Statistic):
+    """Largest |x| of every row, [rows] float32 in the order of the text."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._parts: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        self._parts.append(x.float().abs().amax(-1).flatten())
+        self.count += len(self._parts[-1])
+
+    def merge(self, other: Self) -> None:
+        self._parts = [*self._parts, *other._parts]
+        self.count += other.count
+
+    @property
+    def value(self) -> Tensor:
+        return torch.cat(self._parts)
+
+
+S = TypeVar("S", bound=Statistic)
+
+
+class Statistics:
+    """What `collect` found: `statistics[node, Kind]`."""
+
+    def __init__(self, wanted: Mapping[Node, Iterable[type[Statistic]]]) -> None:
+        self._found = {(node, kind): kind() for node, kinds in wanted.items() for kind in kinds}
+
+    def __getitem__(self, key: tuple[Node, type[S]]) -> S:
+        return cast(S, self._found[key])
+
+    def items(self) -> Iterator[tuple[Node, Statistic]]:
+        """Every statistic with its node."""
+        return ((node, statistic) for (node, _), statistic in self._found.items())
+
+    def merge(self, other: Statistics) -> None:
+        """Take in what another run over the same nodes has seen."""
+        for key, statistic in self._found.items():
+            statistic.merge(other._found[key])
+
+
+def collect(
+    program: Program,
+    wanted: Mapping[Node, Iterable[type[Statistic]]],
+    batches: Tensor | Iterable[Batch],
+    progress: Any = None,
+    *,
+    axes: Mapping[Node, int] | None = None,
+) -> Statistics:
+    """The wanted statistics of nodes of the main graph, in one run of the program (without cache) over the inputs.
+
+    Args:
+        wanted: statistics by node. Values are freed as soon as nobody reads them, so memory is that of one batch and of the statistics; a Gram
+            matrix is the only large one, and callers that need many ask for a few layers at a time.
+        batches: token ids [S, L] int64, run one sequence at a time, or the inputs of each run by name.
+        progress: wraps the batches to show how far the run is, `progress(batches, text)`.
+        axes: the channel axis of a node where it is not the last, e.g. 1 for what a convolution reads.
+
+    Raises CompileError[calibration-short] for inputs with fewer than two rows, CompileError[calibration-not-finite] for a value with NaN or infinity.
+    """
+    statistics, nodes, axes = Statistics(wanted), {n for n, kinds in wanted.items() if kinds}, axes or {}
+    if not nodes:
+        return statistics
+    if isinstance(batches, Tensor):
+        if batches.dim() != 2 or batches.numel() < LEAST:
+            raise _short(f"token ids of shape {list(batches.shape)}")
+        batches = _texts(batches, progress)
+    elif progress:
+        batches = progress(batches, "calibrating")
+    for inputs in batches:
+        left = len(nodes)
+        for node, value in execute(program, inputs):
+            if node not in nodes:
+                continue
+            x = value.movedim(axes.get(node, -1), -1)
+            # dense layers on 2-d values have rows without sequences; all but the first axis of images are rows of one sequence
+            x = x[None] if x.dim() == 2 else x.flatten(1, -2)
+            for kind in wanted[node]:
+                statistics[node, kind].add(x)
+            left -= 1
+            if not left:
+                break
+    for node, statistic in statistics.items():
+        if statistic.count < LEAST:
+            raise _short(f"{statistic.count} rows for {node.name}")
+        if not bool(torch.isfinite(statistic.value).all()):
+            raise CompileError(
+                "calibration-not-finite",
+                "calibration gives NaN or infinity here",
+                node=describe(node),
+                fix="check the model's weights, or run it in float32",
+            )
+    return statistics
+
+
+def calibration_text(context: Context, key: str) -> Tensor:
+    """The ids that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
+    if context.calibration is None:
+        message = f"{key} needs text to calibrate on, but the model has no tokenizer"
+        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids to compile")
+    return context.calibration
+
+
+def _texts(ids: Tensor, progress: Any) -> Iterator[Batch]:
+    positions = torch.arange(ids.shape[1])[None]
     for row in progress(ids, "calibrating") if progress else ids:
-        for node, value in _watch(program, wanted, row[None]):
-            square = value.double().reshape(-1, value.shape[-1]).pow(2).mean(0)
-            totals[node] = totals[node] + square if node in totals else square
-    return {node: total / len(ids) for node, total in totals.items()}
+        yield {"input_ids": row[None], "position_ids": positions}
 
 
-def row_peaks(program: Program, nodes: Iterable[Node], ids: Tensor, progress: Any = None) -> dict[Node, Tensor]:
-    """Largest |x| of every row of each node [.., K], over token ids [S, L]: [S*L] float32 in the order of the text."""
-    wanted = set(nodes)
-    parts: dict[Node, list[Tensor]] = {node: [] for node in wanted}
-    for row in progress(ids, "calibrating") if progress else ids:
-        for node, value in _watch(program, wanted, row[None]):
-            parts[node].append(value.float().abs().amax(-1).reshape(-1))
-    return {node: torch.cat(peaks) for node, peaks in parts.items()}
-
-
-def _watch(program: Program, wanted: set[Node], ids: Tensor) -> Iterable[tuple[Node, Tensor]]:
-    """Run the traced form (no cache) and yield the wanted values as they appear; stops after the last of them."""
-    values: dict[Any, Any] = {}
-    pending = {node: len(node.users) for node in program.main.nodes}
-    left = len(wanted)
-    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None]}
-    with torch.no_grad():
-        for node in program.main.nodes:
-            if node.op == "placeholder":
-                values[node] = inputs[str(node.target)]
-            elif node.op == "get_attr":
-                values[node] = program.params[str(node.target)]
-            elif node.op == "call_function":
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-                values[node] = node.target(*args, **kwargs)
-                for source in node.all_input_nodes:
-                    pending[source] -= 1
-                    if not pending[source]:
-                        del values[source]
-                if node in wanted:
-                    yield node, values[node]
-                    left -= 1
-                    if not left:
-                        return
+def _short(have: str) -> CompileError:
+    return CompileError(
+        "calibration-short", f"too little to calibrate on: {have}", fix="pass calibration=ids with at least a few hundred tokens"
+    )

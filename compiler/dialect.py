@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from planc.runtime import entropy
+
 NAMESPACE = "planc"
 MASKED = torch.finfo(torch.float32).min
 
@@ -191,10 +193,63 @@ def linear_blocks(x: Tensor, packed: Tensor, scales: Tensor, zeros: Tensor | Non
     return out if bias is None else out + bias
 
 
+SCALES = 256  # scales of blocks that share a coarse scale
+
+
+def unpack_codes(packed: Tensor, bits: int) -> Tensor:
+    """Codes [N,K] uint8 of bytes [N, K*bits/8], low bits first; 3 bits lie as a plane of two and a plane of one behind it."""
+    if bits == 3:
+        low, high = packed.split((packed.shape[1] // 3 * 2, packed.shape[1] // 3), 1)
+        return unpack_codes(low, 2) | unpack_codes(high, 1) << 2
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return torch.bitwise_and(packed[:, :, None] >> shifts, 2**bits - 1).reshape(len(packed), -1)
+
+
+def unpack_lookup(
+    packed: Tensor, tables: Tensor, rows: Tensor | None, scales: Tensor, coarse: Tensor, offset: Tensor, bits: int, block: int, inputs: int
+) -> Tensor:
+    """Weights [N,K] float32 as places in tables: packed [N, K*bits/8] uint8 (see `unpack_codes`); tables [G, 2^bits] int8 in steps of 1/127;
+    rows [N] uint8, the table of each row (None: the only one); the scale of block i is offset + scales[i] * coarse / 255 with scales [M,256]
+    uint8, coarse [M,1] and offset [1] float32."""
+    outputs = packed.shape[0]
+    places = unpack_codes(packed, bits).long()
+    if rows is not None:
+        places = places + rows.long()[:, None] * 2**bits
+    scale = (offset + scales.float() * (coarse / 255)).reshape(-1)[: outputs * inputs // block]
+    return (tables.reshape(-1)[places].float().reshape(-1, block) * (scale / 127)[:, None]).reshape(outputs, inputs)
+
+
+@_op(
+    "linear_lookup",
+    lambda x, packed, tables, rows, scales, coarse, offset, bias, bits, block: _linear_fake(x, packed.shape[0]),
+)
+def linear_lookup(
+    x: Tensor,
+    packed: Tensor,
+    tables: Tensor,
+    rows: Tensor | None,
+    scales: Tensor,
+    coarse: Tensor,
+    offset: Tensor,
+    bias: Tensor | None,
+    bits: int,
+    block: int,
+) -> Tensor:
+    """x [..., K] times weights that are places in tables (see `unpack_lookup`). As in `linear_blocks`, a backend may round x to int8 per block."""
+    out = torch.matmul(x, unpack_lookup(packed, tables, rows, scales, coarse, offset, bits, block, x.shape[-1]).t().to(x.dtype))
+    return out if bias is None else out + bias
+
+
 @_op("embedding_int8", lambda table, scale, ids: scale.new_empty((*ids.shape, table.shape[1])))
 def embedding_int8(table: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     """Rows of an int8 table [V,K] with one scale [V] per row, for ids [B,R] -> [B,R,K] float32."""
     return table[ids].float() * scale[ids][..., None]
+
+
+@_op("decode_bf16", lambda coded, rows, columns: coded.new_empty((rows, columns), dtype=torch.float32))
+def decode_bf16(coded: Tensor, rows: int, columns: int) -> Tensor:
+    """The matrix [rows, columns] float32 of an entropy-coded container (`runtime/entropy.py`), bit for bit."""
+    return torch.from_numpy(entropy.widen(entropy.decode(coded.numpy()))).reshape(rows, columns)
 
 
 def _rows_fake(x: Tensor, start: Tensor) -> Tensor:
@@ -208,4 +263,5 @@ def rows_from(x: Tensor, start: Tensor) -> Tensor:
 
 
 OPS = torch.ops.planc
-LINEARS = (torch.ops.aten.linear.default, OPS.linear_int8.default, OPS.linear_blocks.default)  # dense products; x is the first argument
+#: dense products; x is the first argument
+LINEARS = (torch.ops.aten.linear.default, OPS.linear_int8.default, OPS.linear_blocks.default, OPS.linear_lookup.default)

@@ -70,3 +70,9 @@ def window_logits(engine: Engine, ids: Sequence[int], min_rows: int = 1, *, chun
 def perplexity(nll: float, tokens: int) -> float:
     """exp of the mean negative log-likelihood."""
     return math.exp(nll / tokens)
+
+
+def engine_perplexity(engine: Engine, windows: Sequence[Sequence[int]], min_rows: int = 1) -> float:
+    """Perplexity over windows of ids, each scored from its second token on."""
+    nll = sum(window_nll(engine, ids, min_rows) for ids in windows)
+    return perplexity(nll, sum(len(ids) - 1 for ids in windows))

@@ -1,29 +1,54 @@
-"""Store and multiply dense layers in few bits.
+"""Store and multiply dense layers in few bits: format x block x rounding x low rank x budget, in one pass.
 
 Matches   linear(x, w) and embedding(w, ids), by module pattern
-Produces  linear_int8 (int8 weights, one scale per output and one per activation row), linear_blocks (int4 or int8 in blocks), embedding_int8
-Refuses   weights with NaN or infinity; a pattern that matches no module
-Paper     row-wise int8: DESIGN of LLM.int8 / SmoothQuant per-token scheme; blocks: GGUF and MatMulNBits layouts
+Produces  linear_int8 (int8 weights, one scale per output and one per activation row), linear_blocks (int4 or int8 in blocks), linear_lookup
+          (places in a table, in blocks), with `low_rank` plus two skinny products; embedding_int8
+Refuses   weights with NaN or infinity; blocks that do not divide; a budget that nothing fits; a pattern that matches no module
+Paper     int8: per-row and per-token scales as in LLM.int8 and SmoothQuant; blocks: GGUF and MatMulNBits; nf: QLoRA; low_rank and budget: LQ-LoRA
+          (Guo et al. 2023); codebook: JLCM (joint.py); rounding gptq: Frantar et al. 2023
 """
 
 from __future__ import annotations
 
 import fnmatch
-from typing import ClassVar, Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self, get_args
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.block_formats import gguf_blocks, round_blocks
+from planc.compiler.allocation import allocate
+from planc.compiler.block_formats import gguf_blocks
+from planc.compiler.calibration import Gram32, calibration_text, collect
+from planc.compiler.codebooks import bits_of
 from planc.compiler.dialect import OPS
+from planc.compiler.joint import learned
+from planc.compiler.low_rank import LowRank, decompose
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe
+from planc.compiler.weight_forms import Format, Stored, blocks, int8_rows, store, tabled
 from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
-Format = Literal["int8", "int8_blocks", "int4_blocks", "keep", "none"]
+Choice = Literal[Format, "keep", "none"]
+
+#: What `budget` chooses from: (bits, block) of NormalFloat.
+GRID = tuple((bits, block) for bits in (2, 3, 4) for block in (16, 32, 64))
+_SAMPLE = 256  # rows on which the error of an option is estimated
+_GRAMS = 2**29  # bytes of Gram matrices that are gathered in one run over the text
+
+
+@dataclass(frozen=True)
+class _Product:
+    """A product to be quantised."""
+
+    node: Node
+    name: str  # of its weight
+    form: Format
+    block: int
 
 
 class QuantizeWeights(Pass):
@@ -32,33 +57,64 @@ class QuantizeWeights(Pass):
     stage: ClassVar[Stage] = Stage.NUMERICS
     after: ClassVar[tuple[str, ...]] = ("smooth",)
     demands: ClassVar[tuple[str, ...]] = ("fuse_projections",)
-    format: Format = Field(
+    format: Choice = Field(
         default="int8",
-        description="int8: one scale per output and activation row; int8_blocks, int4_blocks: scales per block; keep: the blocks that a GGUF "
-        "already has; none: float",
+        description="int8: one scale per output and activation row; int8_blocks, int4_blocks: scales per block; nf2, nf3, nf4: NormalFloat in "
+        "blocks; codebook2, codebook3, codebook4: learned tables in blocks; keep: the blocks that a GGUF already has; none: float",
     )
-    block: Literal[16, 32, 64, 128] = Field(default=32, description="weights per scale for the block formats")
-    modules: dict[str, Format] = Field(default_factory=dict, description="module pattern -> format, first match wins over `format`")
+    block: Literal[16, 32, 64, 128] = Field(default=32, description="weights per scale for the formats in blocks")
+    modules: dict[str, Choice] = Field(default_factory=dict, description="module pattern -> format, first match wins over `format`")
+    rounding: Literal["nearest", "gptq"] = Field(
+        default="nearest", description="gptq: on calibration text, later weights make good what rounding did to earlier ones"
+    )
+    low_rank: int = Field(default=0, ge=0, le=512, description="rank of a float16 correction beside the formats in blocks; 0: none")
+    budget: float | None = Field(
+        default=None,
+        gt=0.0,
+        le=8.0,
+        description="mean bits per weight of the nf formats, scales included: bits and block are chosen per matrix",
+    )
+    weigh: bool = Field(default=False, description="weigh errors of low_rank, budget and codebooks by the inputs seen in calibration text")
+    tables: int = Field(default=8, ge=1, le=256, description="tables of a codebook format: rows of like distribution share one")
+    learn: int = Field(
+        default=0, ge=0, le=2000, description="steps in which tables and places of a codebook are learned on calibration text"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        formats = {self.format, *self.modules.values()}
+        for option, used, kinds in (
+            ("budget", self.budget is not None, ("nf2", "nf3", "nf4")),
+            ("learn", self.learn > 0, ("codebook2", "codebook3", "codebook4")),
+            ("low_rank", self.low_rank > 0, tuple(f for f in get_args(Format) if f != "int8")),
+        ):
+            if used and not formats & set(kinds):
+                raise ValueError(f"{option} needs one of the formats {', '.join(kinds)}")
+        return self
 
     def apply(self, program: Program, context: Context) -> Program:
         """Quantise what the patterns choose; a second run finds only quantised layers and changes nothing."""
         self._check_patterns(program)
-        edit, matched, done, served, notes = program.edit(self.key), 0, 0, 0, []
+        edit, matched, done, served, notes = program.edit(self.key), 0, 0, 0, list[str]()
         kept = gguf_blocks(program) if "keep" in {self.format, *self.modules.values()} else {}
-        for node in list(edit.graph.nodes):
+        products = list[_Product]()
+        for node in program.main.nodes:
             if node.target is aten.linear.default and node.args[1].op == "get_attr":
                 matched += 1
                 name = str(node.args[1].target)
-                _check_finite(edit.params[name], node)
+                _check_finite(program.params[name], node)
                 form = self._format(name)
                 if form == "keep" and name not in kept:
                     notes.append(f"{name} is not in the GGUF as blocks: float kept")
-                    continue
-                served += form == "keep"
-                done += self._linear(edit, node, form, kept)
+                elif form == "keep":
+                    packed, scales, zeros, bits = kept[name]
+                    self._replace(edit, node, blocks(packed, scales, zeros, bits, 32))
+                    served, done = served + 1, done + 1
+                elif form != "none":
+                    products.append(self._product(node, name, form, program))
             elif node.target is aten.embedding.default and self._format(str(node.args[0].target)) == "int8":
                 matched += 1
-                done += self._embedding(edit, node)
+                done += self._embedding(edit, edit[node])
         if notes and not served and not any(c.pass_name == self.key for c in program.history):
             raise CompileError(
                 "pass-refused",
@@ -66,9 +122,123 @@ class QuantizeWeights(Pass):
                 where=f"pass {self.key}",
                 fix="use format int4_blocks, or remove smooth",
             )
+        for part in self._parts(program, products):
+            grams = self._grams(program, part, context)
+            part = part if self.budget is None else self._allocate(program, part, grams, notes)
+            for product in part:
+                gram = grams.get(product.node.args[0])
+                self._replace(edit, product.node, *self._quantize(program.params[product.name], product, gram))
+            done += len(part)
         return edit.done(matched, done, notes) if done else program
 
-    def _format(self, name: str) -> Format:
+    # ---- which product takes which form
+
+    def _product(self, node: Node, name: str, form: Format, program: Program) -> _Product:
+        inputs = program.params[name].shape[1]
+        if form != "int8" and inputs % self.block:
+            raise CompileError(
+                "pass-refused", f"{inputs} inputs do not divide into blocks of {self.block}", node=describe(node), fix="use another `block`"
+            )
+        return _Product(node, name, form, self.block)
+
+    def _allocate(self, program: Program, products: list[_Product], grams: dict[Any, Tensor], notes: list[str]) -> list[_Product]:
+        """NormalFloat products with bits and block chosen for the least error under the budget."""
+        assert self.budget is not None
+        free = [p for p in products if p.form.startswith("nf")]
+        costs, sizes, options = list[list[float]](), list[list[int]](), list[list[tuple[int, int]]]()
+        for product in free:
+            weight = program.params[product.name]
+            options.append([(bits, block) for bits, block in GRID if weight.shape[1] % block == 0])
+            columns = _columns(grams.get(product.node.args[0])) if self.weigh else None
+            costs.append([_cost(weight, bits, block, columns) for bits, block in options[-1]])
+            sizes.append([bits_of(weight.shape[0], weight.shape[1], bits, block) for bits, block in options[-1]])
+        total = sum(program.params[p.name].numel() for p in free)
+        try:
+            chosen = allocate(costs, sizes, int(self.budget * total))
+        except CompileError as error:
+            least = sum(map(min, sizes)) / total
+            message = f"no choice of formats has {self.budget:g} bits per weight; the smallest has {least:.3f}"
+            raise CompileError(
+                "pass-refused", message, where=f"pass {self.key}", fix=f"set `budget: {least + 0.0005:.3f}` or more"
+            ) from error
+        forms = {p.name: o[j] for p, o, j in zip(free, options, chosen, strict=True)}
+        spent = sum(row[j] for row, j in zip(sizes, chosen, strict=True))
+        mix = {bits: sum(found[0] == bits for found in forms.values()) for bits in (2, 3, 4)}
+        notes.append(f"{spent / total:.4f} bits per weight of {self.budget:g}; matrices by bits: {mix}")
+        return [_Product(p.node, p.name, f"nf{forms[p.name][0]}", forms[p.name][1]) if p.name in forms else p for p in products]  # type: ignore[arg-type]
+
+    # ---- statistics of inputs
+
+    def _calibrated(self, product: _Product) -> bool:
+        return (
+            self.rounding == "gptq" or (product.form != "int8" and self.weigh) or (product.form.startswith("codebook") and self.learn > 0)
+        )
+
+    def _parts(self, program: Program, products: list[_Product]) -> Iterator[list[_Product]]:
+        """Products whose Gram matrices fit into memory together; all at once where there are none, or a budget to share."""
+        part, inputs, size = list[_Product](), set[Any](), 0
+        for product in products:
+            x = product.node.args[0]
+            more = 4 * program.params[product.name].shape[1] ** 2 if self._calibrated(product) and x not in inputs else 0
+            if part and size + more > _GRAMS and self.budget is None:
+                yield part
+                part, inputs, size = [], set(), 0
+            part.append(product)
+            inputs.add(x)
+            size += more
+        if part:
+            yield part
+
+    def _grams(self, program: Program, products: Iterable[_Product], context: Context) -> dict[Any, Tensor]:
+        """Gram matrix of every input that is needed, by node, as a mean over rows."""
+        wanted = {p.node.args[0]: {Gram32} for p in products if self._calibrated(p)}
+        if not wanted:
+            return {}
+        found = collect(program, wanted, calibration_text(context, self.key), context.progress)
+        return {x: found[x, Gram32].value / found[x, Gram32].count for x in wanted}
+
+    # ---- one matrix
+
+    def _quantize(self, weight: Tensor, product: _Product, gram: Tensor | None) -> tuple[Stored, LowRank | None]:
+        rounding = gram if self.rounding == "gptq" else None
+
+        def stored(value: Tensor) -> Stored:
+            if product.form.startswith("codebook"):
+                weights = gram if self.weigh or self.learn else None
+                return tabled(learned(value, int(product.form[-1]), product.block, self.tables, weights, self.learn, rounding))
+            return store(value, product.form, product.block, rounding)
+
+        if not self.low_rank or product.form == "int8":
+            return stored(weight), None
+        rank = min(self.low_rank, *weight.shape)
+        split = decompose(weight, rank, stored, _columns(gram) if self.weigh else None)
+        return split.stored, split
+
+    def _replace(self, edit: Editor, node: Node, stored: Stored, split: LowRank | None = None) -> None:
+        old = edit[node]
+        x, name = old.args[0], str(old.args[1].target)
+        bias = old.args[2] if len(old.args) > 2 else None
+        with edit.before(old):
+            new = stored.product(edit, name, x, bias)
+            if split is not None:
+                for suffix, factor in (("right", split.right), ("left", split.left)):
+                    wide = edit.call(aten.to.dtype, edit.param(full := f"{name}.{suffix}", edit.params.get(full, factor)), torch.float32)
+                    x = edit.call(aten.linear.default, x, wide)
+                new = edit.call(aten.add.Tensor, new, x)
+        edit.replace(old, new)
+
+    def _embedding(self, edit: Editor, node: Node) -> int:
+        table, ids = node.args[:2]
+        name = str(table.target)
+        stored = int8_rows(edit.params[name])
+        with edit.before(node):
+            new = edit.call(OPS.embedding_int8.default, *stored.parameters(edit, name), ids)
+        edit.replace(node, new)
+        return 1
+
+    # ---- patterns
+
+    def _format(self, name: str) -> Choice:
         for path in _paths(name):
             for pattern, form in self.modules.items():
                 if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}"):
@@ -86,64 +256,22 @@ class QuantizeWeights(Pass):
                     fix="module paths look like " + ", ".join(sorted(paths)[:3]),
                 )
 
-    def _linear(self, edit: Editor, node: Node, form: Format, kept: dict[str, tuple[Tensor, Tensor, Tensor | None, int]]) -> int:
-        x, weight = node.args[:2]
-        bias = node.args[2] if len(node.args) > 2 else None
-        name = str(weight.target)
-        value = edit.params[name]
-        with edit.before(node):
-            if form == "int8":
-                steps, scale = quantize_outputs(value)
-                new = edit.call(OPS.linear_int8.default, x, _once(edit, f"{name}.int8", steps), _once(edit, f"{name}.scale", scale), bias)
-            elif form == "keep":
-                packed, scales, zeros, bits = kept[name]
-                new = _blocks(edit, name, x, bias, packed, scales, zeros, bits, 32)
-            elif form == "none":
-                return 0
-            else:
-                bits = 4 if form == "int4_blocks" else 8
-                if value.shape[1] % self.block:
-                    raise CompileError(
-                        "pass-refused",
-                        f"{value.shape[1]} inputs do not divide into blocks of {self.block}",
-                        node=describe(node),
-                        fix="use another `block`",
-                    )
-                new = _blocks(edit, name, x, bias, *round_blocks(value, bits, self.block), bits, self.block)
-        edit.replace(node, new)
-        return 1
-
-    def _embedding(self, edit: Editor, node: Node) -> int:
-        table, ids = node.args[:2]
-        name = str(table.target)
-        steps, scale = quantize_outputs(edit.params[name])
-        with edit.before(node):
-            new = edit.call(OPS.embedding_int8.default, _once(edit, f"{name}.int8", steps), _once(edit, f"{name}.scale", scale), ids)
-        edit.replace(node, new)
-        return 1
-
 
 def _paths(name: str) -> list[str]:
     """Module paths behind a parameter's name: several when products were joined; what passes append (`*s`, `.int8`) is left out."""
     return [part.partition(".weight")[0] for part in name.split("|")]
 
 
-def _once(edit: Editor, name: str, value: Tensor) -> Node:
-    return edit.param(name, edit.params.get(name, value))
+def _columns(gram: Tensor | None) -> Tensor | None:
+    """Root mean square of every input channel."""
+    return None if gram is None else gram.diagonal().sqrt()
 
 
-def _blocks(
-    edit: Editor, name: str, x: object, bias: object, packed: Tensor, scales: Tensor, zeros: Tensor | None, bits: int, block: int
-) -> Node:
-    zero = None if zeros is None else _once(edit, f"{name}.zeros", zeros)
-    parts = (_once(edit, f"{name}.int{bits}", packed), _once(edit, f"{name}.scales", scales), zero)
-    return edit.call(OPS.linear_blocks.default, x, *parts, bias, bits, block)
-
-
-def quantize_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 with one scale per row: weight [N,K] -> int8 [N,K], scale [N] float32."""
-    scale = weight.float().abs().amax(1).clamp(min=1e-12) / 127.0
-    return torch.round(weight.float() / scale[:, None]).to(torch.int8), scale
+def _cost(weight: Tensor, bits: int, block: int, columns: Tensor | None) -> float:
+    """Squared error of a NormalFloat, weighed by input, estimated on evenly spread rows."""
+    rows = weight[:: max(1, len(weight) // _SAMPLE)]
+    error = rows - store(rows, f"nf{bits}", block).weight  # type: ignore[arg-type]
+    return float((error if columns is None else error * columns).pow(2).sum()) * len(weight) / len(rows)
 
 
 def _check_finite(weight: Tensor, node: Node) -> None:

@@ -18,11 +18,10 @@ from pydantic import Field
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.calibration import mean_squares
+from planc.compiler.calibration import Moments, calibration_text, collect
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Effect, Pass, Stage
 from planc.compiler.program import Editor, Program
-from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
 
@@ -56,15 +55,12 @@ class Smooth(Pass):
         """Measure the inputs once, then fold."""
         if any(c.pass_name == self.key for c in program.history):
             return program
-        if context.calibration is None:
-            raise CompileError(
-                "pass-refused", "smooth needs text to calibrate on, but the model has no tokenizer", fix="pass calibration=ids to compile"
-            )
+        ids = calibration_text(context, self.key)
         sites = [s for s in map(_site, _inputs(program)) if s is not None]
-        squares = mean_squares(program, [s.x for s in sites], context.calibration, context.progress)
+        statistics = collect(program, {s.x: {Moments} for s in sites}, ids, context.progress)
         edit = program.edit(self.key)
         for site in sites:
-            self._fold(edit, site, squares[site.x])
+            self._fold(edit, site, statistics[site.x, Moments].mean_square)
         return edit.done(len(_inputs(program)), len(sites))
 
     def _fold(self, edit: Editor, site: _Site, square: Tensor) -> None:

@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from planc.compiler.calibration import mean_squares, row_peaks
+from planc.compiler.calibration import Moments, Peaks, calibration_text, collect
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Program
@@ -46,17 +46,14 @@ class StaticActivations(Pass):
                 where=f"pass {self.key}",
                 fix="use quantize_weights with format int8, or remove this pass",
             )
-        if context.calibration is None:
-            raise CompileError("pass-refused", "static_activations needs text to calibrate on", fix="pass calibration=ids to compile")
-        inputs = [n.args[0] for n in products]
-        peaks = row_peaks(program, inputs, context.calibration, context.progress)
-        squares = mean_squares(program, inputs, context.calibration, context.progress)
-        steps = {x: peaks[x].max() * self.headroom / STEPS for x in peaks}
+        wanted = {n.args[0]: {Moments, Peaks} for n in products}
+        statistics = collect(program, wanted, calibration_text(context, self.key), context.progress)
+        steps = {x: statistics[x, Peaks].value.max() * self.headroom / STEPS for x in wanted}
         edit, fixed = program.edit(self.key), 0
         for product in products:
             x = product.args[0]
             # rounding to a step is noise of step^2 / 12; the bound is false for NaN and for an input that is always zero
-            if not 0 < float(steps[x]) ** 2 / 12 <= self.noise * float(squares[x].mean()):
+            if not 0 < float(steps[x]) ** 2 / 12 <= self.noise * float(statistics[x, Moments].mean_square.mean()):
                 continue
             fixed += 1
             name = f"{x.name}.step"

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Node
 
 from planc.backends.onnx.build import MICROSOFT, Builder, Lowering, onnx_dtype, unsupported
+from planc.compiler.dialect import OPS
 from planc.compiler.program import Program
 
 aten = torch.ops.aten
@@ -117,15 +118,18 @@ def _linear(b: Builder, n: Node) -> str:
     x, weight = n.args[:2]
     bias = n.args[2] if len(n.args) > 2 else None
     assert isinstance(weight, Node)
-    if weight.op != "get_attr":
+    coded = weight.target is OPS.decode_bf16.default
+    if weight.op != "get_attr" and not coded:
         product = b.op("MatMul", x, b.op("Transpose", weight, perm=[1, 0]))
-    elif reads(b.program, str(weight.target)) > 1:  # tied with the embedding: keep one copy
-        shared = b.param(str(weight.target))
+    elif (len(weight.users) if coded else reads(b.program, str(weight.target))) > 1:  # tied with the embedding: keep one copy
+        shared = b[weight]
         product = (
             b.op("FusedMatMul", x, shared, domain=MICROSOFT, transB=1)
             if b.fused
             else b.op("MatMul", x, b.op("Transpose", shared, perm=[1, 0]))
         )
+    elif coded:
+        product = b.op("MatMul", x, b.coded(weight, transposed=True))
     else:
         product = b.op("MatMul", x, b.param(str(weight.target), lambda w: w.T, ".T"))
     return product if bias is None else b.op("Add", product, bias)

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from planc.backends.onnx.weights import WeightFile
 from planc.compiler.program import Program, describe
+from planc.runtime import entropy
 from planc.runtime.errors import CompileError
 
 MICROSOFT = "com.microsoft"
@@ -94,6 +95,16 @@ class Builder:
             array = self.array(name)
             self.tensor(full, array if change is None else change(array))
         return full
+
+    def coded(self, node: Node, *, transposed: bool = False) -> str:
+        """The value of a decode_bf16, or its transpose, as an initializer that the engine decodes when it opens the graph."""
+        source, rows, columns = node.args
+        assert isinstance(source, Node) and isinstance(rows, int) and isinstance(columns, int)
+        name = f"{source.target}.T" if transposed else str(source.target)
+        if name not in self.initializers:
+            container = entropy.transposed(self.array(str(source.target))) if transposed else self.array(str(source.target))
+            self.initializers[name] = self.weights.coded(name, container, (columns, rows) if transposed else (rows, columns))
+        return name
 
     def array(self, name: str) -> np.ndarray:
         """A parameter as numpy."""

@@ -14,6 +14,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from planc.backends.onnx.coded import read_coded
 from planc.backends.onnx.packed import LANES_FILE, Lanes
 from planc.runtime.artifact import Manifest
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
@@ -98,11 +99,8 @@ class OnnxEngine:
     """
 
     def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None, file: str = "model.onnx") -> None:
-        self.options = options = ort.SessionOptions()
-        options.intra_op_num_threads = threads or manifest.target.get("threads") or os.cpu_count() or 1
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3
         self.directory, self.manifest, self.threads, self.file = directory, manifest, threads, file
+        self.coded = read_coded(directory)
         self.session = self._session(file)
         self.lane_count = int(manifest.extra.get("lanes", 0))
         self.spec: EngineSpec = replace(manifest.signature.spec(), ragged=self.lane_count > 0)
@@ -116,9 +114,19 @@ class OnnxEngine:
         self._skipping: OnnxSkipEngine | None = None
         self.most_rows = manifest.signature.capacity  # RotaryEmbedding takes no more rows than its tables have positions
 
+    def _options(self) -> ort.SessionOptions:
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads or self.manifest.target.get("threads") or os.cpu_count() or 1
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3
+        return options
+
     def _session(self, file: str) -> ort.InferenceSession:
+        options = self._options()
+        if self.coded:
+            options.add_external_initializers(list(self.coded), list(self.coded.values()))
         try:
-            return ort.InferenceSession(str(self.directory / file), self.options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(self.directory / file), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime raises its own types without a common base
             raise ArtifactError(
                 "artifact-corrupt", f"ONNX Runtime cannot load {file}: {error}", where=str(self.directory), fix="compile the plan again"

@@ -17,6 +17,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from planc.backends.onnx.build import live_nodes
+from planc.backends.onnx.coded import CODED_FILE
 from planc.backends.onnx.fused import LEAST_ROWS
 from planc.backends.onnx.lower import MODEL_FILE
 from planc.backends.onnx.packed import ATTENDING
@@ -50,6 +51,8 @@ def write_genai(planned: Planned, directory: Path, capacity: int) -> dict[str, A
     program, target = planned.program, planned.plan.target
     if target.ops != "fast":
         return _refused(f"the plan asks for {target.ops} operators, and the cache is shared in place by GroupQueryAttention only")
+    if (directory / CODED_FILE).exists():
+        return _refused("onnxruntime-genai cannot decode entropy-coded weights")
     graph = onnx.load(str(directory / MODEL_FILE), load_external_data=False)
     shape = shape_of(program, graph)
     if isinstance(shape, str):

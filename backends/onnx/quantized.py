@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from onnx import TensorProto
 from torch.fx import Node
 
 from planc.backends.onnx.build import MICROSOFT, Builder, Lowering
 from planc.compiler.dialect import OPS
+
+aten = torch.ops.aten
 
 
 def quantized_rows(b: Builder, x: Node) -> tuple[str, str]:
@@ -95,16 +98,73 @@ def _linear_blocks(b: Builder, n: Node) -> str:
     return b.op("Add", out, rest)
 
 
+def _unpacked(b: Builder, packed: str, bits: int, size: int) -> str:
+    """Codes [N,K] uint8 of packed bytes, see `unpack_codes`."""
+    if bits == 3:
+        low, high = b.op("Split", packed, b.const([size // 4, size // 8], np.int64), axis=1, outputs=2)
+        above = b.op("BitShift", _unpacked(b, high, 1, size), b.const(2, np.uint8), direction="LEFT")
+        return b.op("BitwiseOr", _unpacked(b, low, 2, size), above)
+    shifted = b.op("BitShift", b.op("Unsqueeze", packed, b.const([2], np.int64)), b.const(range(0, 8, bits), np.uint8), direction="RIGHT")
+    return b.op("Reshape", b.op("BitwiseAnd", shifted, b.const(2**bits - 1, np.uint8)), b.const([0, size], np.int64))
+
+
+def lookup_parts(b: Builder, n: Node) -> tuple[str, str]:
+    """Weights of a linear_lookup as steps around 128, [N,K] uint8, and the scale of each block, flat.
+
+    Everything here hangs on constants: ONNX Runtime computes it once, when the session is made. Files stay small; memory is that of int8.
+    """
+    x, packed, tables, rows, scales, coarse, offset, _, bits, block = n.args
+    size, count = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])
+    places = b.op("Cast", _unpacked(b, b[packed], int(bits), size), to=TensorProto.INT32)
+    if rows is not None:
+        first = b.op("Mul", b.op("Cast", rows, to=TensorProto.INT32), b.const(2 ** int(bits), np.int32))
+        places = b.op("Add", places, b.op("Unsqueeze", first, b.const([1], np.int64)))
+    steps = b.op(
+        "Gather", b.param(str(tables.target), lambda t: (t.reshape(-1).astype(np.int16) + 128).astype(np.uint8), ".steps"), places, axis=0
+    )
+    fine = b.op("Mul", b.op("Cast", scales, to=TensorProto.FLOAT), b.op("Div", coarse, b.const(255.0)))
+    flat = b.op("Reshape", b.op("Div", b.op("Add", offset, fine), b.const(127.0)), b.const([-1], np.int64))
+    return steps, b.op("Slice", flat, b.const([0], np.int64), b.const([count * size // int(block)], np.int64))
+
+
+def _linear_lookup(b: Builder, n: Node) -> str:
+    """MatMulNBits in 8 bits: entries of tables are whole steps."""
+    x, packed, bias, block = n.args[0], n.args[1], n.args[7], int(n.args[9])
+    size, count = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])
+    steps, scales = lookup_parts(b, n)
+    steps = b.op("Reshape", steps, b.const([count, size // block, block], np.int64))
+    options = {"K": size, "N": count, "bits": 8, "block_size": block, "accuracy_level": 4}
+    return b.op("MatMulNBits", x, steps, scales, None, None, bias, domain=MICROSOFT, **options)
+
+
+def _linear_lookup_standard(b: Builder, n: Node) -> str:
+    x, packed, bias, block = n.args[0], n.args[1], n.args[7], int(n.args[9])
+    size, count = int(x.meta["val"].shape[-1]), int(packed.meta["val"].shape[0])
+    steps, scales = lookup_parts(b, n)
+    cut = b.op("Reshape", b.op("Sub", b.op("Cast", steps, to=TensorProto.FLOAT), b.const(128.0)), b.const([-1, block], np.int64))
+    weight = b.op("Mul", cut, b.op("Unsqueeze", scales, b.const([1], np.int64)))
+    out = b.op("MatMul", x, b.op("Transpose", b.op("Reshape", weight, b.const([count, size], np.int64)), perm=[1, 0]))
+    return out if bias is None else b.op("Add", out, bias)
+
+
 def _embedding_int8(b: Builder, n: Node) -> str:
     table, scale, ids = n.args
     rows = b.op("Cast", b.op("Gather", table, ids, axis=0), to=TensorProto.FLOAT)
     return b.op("Mul", rows, b.op("Unsqueeze", b.op("Gather", scale, ids, axis=0), b.const([-1], np.int64)))
 
 
+def _decode_bf16(b: Builder, n: Node) -> str | None:
+    """A matrix that one product reads is stored in the product's own order instead, see `_linear` in aten.py."""
+    alone = len(n.users) == 1 and next(iter(n.users)).target is aten.linear.default
+    return None if alone else b.coded(n)
+
+
 TABLE: dict[object, Lowering] = {
     OPS.linear_int8.default: _linear_int8,
     OPS.linear_blocks.default: _linear_blocks,
+    OPS.linear_lookup.default: _linear_lookup,
     OPS.embedding_int8.default: _embedding_int8,
+    OPS.decode_bf16.default: _decode_bf16,
 }
 
 
@@ -132,4 +192,5 @@ STANDARD_TABLE: dict[object, Lowering] = {
     **TABLE,
     OPS.linear_int8.default: _linear_int8_standard,
     OPS.linear_blocks.default: _linear_blocks_standard,
+    OPS.linear_lookup.default: _linear_lookup_standard,
 }

@@ -1,4 +1,8 @@
-"""The external weight file of an artifact: every tensor once, shared by all ONNX files beside it."""
+"""The external weight files of an artifact: every tensor once, shared by all ONNX files beside them.
+
+Tensors lie as they are in `model.weights`. Entropy-coded matrices (`runtime/entropy.py`) lie in `model.coded.npz` under the names of the
+initializers that they become when an engine opens the graph.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto
 
+from planc.backends.onnx.coded import CODED_FILE
+
 _PAGE = 4096
 
 
@@ -20,12 +26,20 @@ class WeightFile:
         self.path = path
         self._file = path.open("wb")
         self._places: dict[tuple[str, int], int] = {}
+        self._coded: dict[str, np.ndarray] = {}
 
     def __enter__(self) -> WeightFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._file.close()
+        if self._coded and kind is None:
+            np.savez(self.path.with_name(CODED_FILE), allow_pickle=False, **self._coded)
+
+    def coded(self, name: str, container: np.ndarray, shape: tuple[int, ...]) -> TensorProto:
+        """A float32 tensor proto for what a container becomes; the file has no place for it, so only an engine that decodes can open it."""
+        self._coded[name] = container
+        return _external(name, TensorProto.FLOAT, shape, CODED_FILE, 0, 4 * int(np.prod(shape)))
 
     def tensor(self, name: str, array: np.ndarray) -> TensorProto:
         """A tensor proto that points into the file."""
@@ -37,8 +51,13 @@ class WeightFile:
                 self._file.write(bytes(gap))
             self._places[key] = self._file.tell()
             self._file.write(data)
-        proto = TensorProto(name=name, data_type=onnx.helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
-        proto.data_location = TensorProto.EXTERNAL
-        for k, v in (("location", self.path.name), ("offset", self._places[key]), ("length", array.nbytes)):
-            proto.external_data.add(key=k, value=str(v))
-        return proto
+        kind = onnx.helper.np_dtype_to_tensor_dtype(array.dtype)
+        return _external(name, kind, array.shape, self.path.name, self._places[key], array.nbytes)
+
+
+def _external(name: str, kind: int, shape: tuple[int, ...], file: str, offset: int, length: int) -> TensorProto:
+    proto = TensorProto(name=name, data_type=kind, dims=shape)
+    proto.data_location = TensorProto.EXTERNAL
+    for k, v in (("location", file), ("offset", offset), ("length", length)):
+        proto.external_data.add(key=k, value=str(v))
+    return proto

@@ -22,16 +22,16 @@ from torch.fx import Node
 
 from planc.backends.onnx.lower import OPSET, lower
 from planc.backends.reference import run
-from planc.compiler.block_formats import round_blocks
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context
 from planc.compiler.program import Editor, ModelInfo, Program
 from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace, trace_module
 from planc.compiler.verify import verify
+from planc.compiler.weight_forms import int8_rows, int_blocks
 from planc.passes.fuse_projections import FuseProjections
 from planc.passes.kv_cache import KvCache
-from planc.passes.quantize_weights import QuantizeWeights, quantize_outputs
+from planc.passes.quantize_weights import QuantizeWeights
 from planc.runtime.errors import CompileError
 
 Ops = Literal["fast", "standard"]
@@ -191,7 +191,8 @@ def test_int8_with_a_fixed_step_equals_the_reference(ops: Ops, biased: bool, tmp
     weight, bias, step = some(9, 33, seed=1), some(9, seed=2) if biased else None, torch.tensor(0.01)
 
     def make(edit: Editor, x: Node) -> Node:
-        steps, scale = quantize_outputs(weight)
+        steps, scale = int8_rows(weight).parts.values()
+        assert steps is not None and scale is not None
         last = edit.param("bias", bias) if bias is not None else None
         return edit.call(OPS.linear_int8.default, x, edit.param("w", steps), edit.param("s", scale), last, edit.param("step", step))
 
@@ -263,7 +264,8 @@ def test_blocks_are_within_the_rounding_of_activations(
 ) -> None:
     """ONNX Runtime may round x to int8 per block: |error| <= sum_k |w_k| step/2, step = peak of the block / 127, where w_k counts its steps from the
     middle. With standard operators nothing is rounded."""
-    packed, scales, _ = round_blocks(some(outputs, blocks * block, seed=seed), bits, block)
+    packed, scales, _ = int_blocks(some(outputs, blocks * block, seed=seed), bits, block).parts.values()
+    assert packed is not None and scales is not None
     zeros = torch.rand(outputs, blocks, generator=torch.Generator().manual_seed(seed)) * 2**bits if shifted else None
     bias = some(outputs, seed=seed + 2) if biased else None
     program = blocks_product(packed, scales, zeros, bias, bits, block)
@@ -287,7 +289,8 @@ def test_int8_embedding(ops: Ops, tmp_path: Path) -> None:
     program = trace_module(table, (torch.zeros(2, 3, dtype=torch.int64),), ModelInfo("table", 0, 1), ({0: DYNAMIC, 1: DYNAMIC},))
     program = QuantizeWeights(format="int8").apply(program, Context())
     ids = torch.tensor([[3, 0, 10], [10, 10, 1]])
-    steps, scale = quantize_outputs(table.weight.detach())
+    steps, scale = int8_rows(table.weight.detach()).parts.values()
+    assert steps is not None and scale is not None
     assert np.array_equal(onnx_run(program, tmp_path, ops, input_1=ids)["output"], (steps.float() * scale[:, None])[ids].numpy())
 
 

@@ -19,10 +19,12 @@ from models_tiny import (
     apply,
     before_and_after,
     close,
+    decoding,
     eager,
     make,
     model,
     one_layer,
+    onnx_engine,
     pooled,
     raised,
     token_ids,
@@ -36,9 +38,11 @@ from planc.compiler.plan import Plan
 from planc.compiler.program import ModelInfo, Program
 from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace
+from planc.compiler.weight_forms import int8_rows
 from planc.passes.fuse_projections import FuseProjections
-from planc.passes.quantize_weights import QuantizeWeights, quantize_outputs
+from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.smooth import Smooth
+from planc.runtime.engine import Step
 from planc.runtime.errors import CompileError, PlanError
 
 
@@ -120,7 +124,8 @@ def test_int8_error_is_within_its_steps() -> None:
     random = torch.Generator().manual_seed(1)
     for outputs, inputs in ((5, 3), (64, 48), (7, 300)):
         x, w = (torch.randn(n, inputs, generator=random) * torch.rand(n, 1, generator=random) * 9 for n in (11, outputs))
-        steps, scale = quantize_outputs(w)
+        steps, scale = int8_rows(w).parts.values()
+        assert steps is not None and scale is not None
         have = OPS.linear_int8.default(x, steps, scale, None).double()
         step_x, step_w = x.double().abs().amax(1) / 127, w.double().abs().amax(1) / 127
         bound = x.double().abs().sum(1)[:, None] * step_w / 2 + step_x[:, None] * w.double().abs().sum(1) / 2
@@ -273,3 +278,60 @@ def test_keep_refuses_weights_that_a_pass_has_changed(tmp_path: Path) -> None:
     with pytest.raises(CompileError) as caught:
         apply(smoothed, QuantizeWeights(format="keep"))
     assert caught.value.code == "pass-refused"
+
+
+# ---- tables, low rank, budgets, GPTQ ----
+
+TEXT = Context(token_ids(4, 32, seed=9))
+OPTIONS: tuple[dict[str, object], ...] = (
+    {"format": "nf2"},
+    {"format": "nf3", "low_rank": 4},
+    {"format": "nf4", "rounding": "gptq"},
+    {"format": "nf4", "budget": 4.8, "weigh": True},
+    {"format": "codebook3", "tables": 3, "learn": 3},
+    {"format": "int4_blocks", "low_rank": 3, "rounding": "gptq"},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_onnx_follows_the_reference(options: dict[str, object], tmp_path: Path) -> None:
+    """Standard operators to float rounding; MatMulNBits rounds activations to int8 in blocks."""
+    part = QuantizeWeights.model_validate({"block": 16, **options})
+    new, ids = applied(part, raised("llama"), TEXT), token_ids(1, 9)
+    wanted = probe(new, ids)["logits"]
+    for ops, tolerance in (("standard", 1e-5), ("fast", 0.05)):
+        (tmp_path / ops).mkdir()
+        engine = onnx_engine(decoding(new), tmp_path / ops, ops)  # type: ignore[arg-type]
+        logits = engine.forward(engine.new_cache(1, 16), Step(ids.numpy()), logits=True).logits
+        assert logits is not None
+        close(logits, wanted, tolerance)
+
+
+def test_a_budget_is_kept_and_one_that_is_too_small_names_the_least() -> None:
+    new = applied(QuantizeWeights(format="nf3", block=16, budget=4.8), raised("llama"))
+    names = {str(n.args[1].target).removesuffix(".codes") for n in new.main.nodes if n.target is OPS.linear_lookup.default}
+    parts = [v for n, v in new.params.items() if n.rpartition(".")[0] in names]
+    assert sum(8 * v.numel() * v.element_size() for v in parts) <= 4.8 * sum(raised("llama").params[n].numel() for n in names)
+    assert new.history[-1].notes[0].endswith("}")
+    with pytest.raises(CompileError) as caught:
+        apply(raised("llama"), QuantizeWeights(format="nf3", block=16, budget=1.0))
+    assert caught.value.code == "pass-refused" and caught.value.fix
+    least = float(caught.value.fix.split("`")[1].split()[1])
+    assert apply(raised("llama"), QuantizeWeights(format="nf3", block=16, budget=least)).history
+
+
+def test_options_that_nothing_reads_are_refused() -> None:
+    for options in (
+        {"budget": 3.0},
+        {"learn": 3},
+        {"low_rank": 8},
+        {"format": "int4_blocks", "budget": 3.0},
+        {"format": "nf4", "low_rank": -1},
+    ):
+        with pytest.raises(PlanError) as caught:
+            Plan.from_dict({"passes": [{"quantize_weights": options}]})
+        assert caught.value.code == "plan-bad-value"
+    for options in ({"rounding": "gptq"}, {"format": "nf4", "block": 16, "weigh": True}):
+        with pytest.raises(CompileError) as refused:
+            apply(raised("llama"), QuantizeWeights.model_validate(options))
+        assert refused.value.code == "pass-refused"  # no text

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from planc.backends.reference import probe
-from planc.compiler.calibration import mean_squares, row_peaks
+from planc.compiler.calibration import Moments, Peaks, collect
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context
 from planc.compiler.plan import Plan
@@ -55,9 +55,10 @@ def test_equals_eager(family: str) -> None:
 
 def test_the_step_is_what_calibration_saw() -> None:
     before = apply(raised("llama"), INT8)
-    peaks = row_peaks(before, [n.args[0] for n in products(before)], TEXT.calibration)  # type: ignore[arg-type]
+    assert TEXT.calibration is not None
+    seen = collect(before, {n.args[0]: {Peaks} for n in products(before)}, TEXT.calibration)
     after = applied(StaticActivations(noise=1.0, headroom=2.0), before, TEXT)
-    want = {str(n.args[1].target): float(peaks[n.args[0]].max()) * 2 / 127 for n in products(before)}
+    want = {str(n.args[1].target): float(seen[n.args[0], Peaks].value.max()) * 2 / 127 for n in products(before)}
     assert fixed(after) == pytest.approx(want)
 
 
@@ -67,8 +68,9 @@ def test_inputs_for_which_one_step_is_coarse_keep_row_wise_steps() -> None:
     ids = TEXT.calibration
     assert ids is not None
     inputs = {str(n.args[1].target): n.args[0] for n in products(before)}
-    peaks, squares = row_peaks(before, inputs.values(), ids), mean_squares(before, inputs.values(), ids)
-    noise = {name: (float(peaks[x].max()) * 1.1 / 127) ** 2 / 12 / float(squares[x].mean()) for name, x in inputs.items()}
+    seen = collect(before, {x: {Moments, Peaks} for x in inputs.values()}, ids)
+    peaks = {name: float(seen[x, Peaks].value.max()) for name, x in inputs.items()}
+    noise = {name: (peak * 1.1 / 127) ** 2 / 12 / float(seen[inputs[name], Moments].mean_square.mean()) for name, peak in peaks.items()}
     limit = sorted(noise.values())[len(noise) // 2]
     after = applied(StaticActivations(noise=limit * 1.0001), before, TEXT)
     assert set(fixed(after)) == {name for name, value in noise.items() if value <= limit * 1.0001} and 0 < len(fixed(after)) < len(noise)

@@ -1,0 +1,64 @@
+"""Rounding of weights to given levels with the errors of one input made good by the others (GPTQ, Frantar et al. 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from planc.runtime.errors import CompileError
+
+#: weights in units of their scale, [N, n] -> the nearest levels, same shape and units
+Nearest = Callable[[Tensor], Tensor]
+
+_COLUMNS = 128  # that are rounded before their errors are carried to the rest
+
+
+def gptq(weight: Tensor, gram: Tensor, scale: Tensor, nearest: Nearest, damp: float = 0.01) -> Tensor:
+    """Levels [N,K] float32, in units of `scale` [N,K], that bring x W^T close for inputs with Gram matrix `gram` [K,K] = sum of x^T x.
+
+    Columns are rounded one by one, those with the largest inputs first; what rounding changes is compensated in the columns still to come, by the
+    inverse of the Gram matrix. Scales are fixed before, so the order of columns leaves blocks as they lie. A channel that calibration never saw
+    is rounded to nearest.
+
+    Raises CompileError[pass-refused] when the Gram matrix has no Cholesky factor even with `damp` times 1000 of its mean diagonal added.
+    """
+    order = torch.argsort(gram.diagonal(), descending=True)
+    factor = _factor(gram[order][:, order].double(), damp)
+    left, step = weight.float().t()[order].clone(), scale.float().t()[order]  # [K,N]: a column of the weight is contiguous
+    levels = torch.empty_like(left)
+    for start in range(0, len(left), _COLUMNS):
+        stop = min(start + _COLUMNS, len(left))
+        errors = torch.empty(stop - start, left.shape[1])
+        for k in range(start, stop):
+            levels[k] = nearest((left[k] / step[k])[:, None])[:, 0]
+            errors[k - start] = error = (left[k] - levels[k] * step[k]) / factor[k, k]
+            left[k + 1 : stop].addr_(factor[k, k + 1 : stop], error, alpha=-1)
+        left[stop:].addmm_(factor[start:stop, stop:].t(), errors, alpha=-1)
+    return levels[torch.argsort(order)].t().contiguous()
+
+
+def _factor(gram: Tensor, damp: float) -> Tensor:
+    """Upper Cholesky factor of the inverse of the damped matrix, float32."""
+    diagonal = gram.diagonal().clone()
+    gram = gram + torch.diag((diagonal == 0).double())
+    for more in (1, 10, 100, 1000):
+        damped = gram + damp * more * diagonal.mean().clamp(min=1e-12) * torch.eye(len(gram), dtype=gram.dtype)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not int(failed):
+            inverse, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                factor: Tensor = inverse.float()
+                return factor
+    raise CompileError(
+        "pass-refused",
+        "the inputs that calibration saw have no usable Gram matrix",
+        fix="calibrate on more text, or set `rounding: nearest`",
+    )
+
+
+def output_error(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
+    """Sum of squared differences of the outputs for the inputs behind `gram`: tr(D G D^T) with D the difference of the weights."""
+    difference = (weight - rounded).double()
+    return float((difference @ gram.double() * difference).sum())
