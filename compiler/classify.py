@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -13,6 +14,7 @@ from planc.backends.onnx.images import OnnxImageEngine
 from planc.backends.onnx.lower import lower
 from planc.backends.reference import ReferenceImageEngine
 from planc.compiler.image_models import LoadedClassifier
+from planc.compiler.memory import plan_memory
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
 from planc.compiler.plan import Plan
@@ -21,6 +23,7 @@ from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace_classifier
 from planc.compiler.verify import verify
 from planc.passes.fold_batch_norm import FoldBatchNorm
+from planc.passes.patchwise import Patchwise
 from planc.runtime.artifact import Manifest, write_artifact
 from planc.runtime.contract import Contract, PassEffect, hardware
 from planc.runtime.decode import Decode
@@ -74,6 +77,15 @@ def rewrite(
     return PlannedClassifier(program, effects, model, plan)
 
 
+def _memory(planned: PlannedClassifier) -> dict[str, Any]:
+    """What a schedule for memory promises, in bytes; nothing where the plan has none."""
+    part = next((p for p in planned.plan.passes if isinstance(p, Patchwise)), None)
+    if part is None or all(change.pass_name != part.key for change in planned.program.history):
+        return {}
+    peak = plan_memory(planned.program, part.allocation).peak
+    return {"memory": {"peak_bytes": peak, "allocation": part.allocation.model_dump(exclude_defaults=True)}}
+
+
 def compile_classifier(
     model: LoadedClassifier, plan: Plan, out: Callable[[], Path], *, disable: Sequence[str] = (), note: Callable[[str], None]
 ) -> Path | Classifier:
@@ -98,6 +110,7 @@ def compile_classifier(
             target=plan.target.model_dump(mode="json"),
             image=model.image.model_dump(mode="json"),
             contract=contract,
+            extra=_memory(planned),
         )
         OnnxImageEngine(target, manifest)  # an artifact that does not load is not written
         return manifest

@@ -257,7 +257,7 @@ def kind_of(node: Node) -> Kind:
     """What an operation is to the allocator."""
     if node.op == "placeholder":
         return "input"
-    if node.target in _VIEWS:
+    if node.target in _VIEWS or _is_half_a_crop(node):
         return "view"
     if node.target is aten.cat.default and all(_reads_value(n) for n in node.args[0]):  # type: ignore[union-attr]
         return "concat"
@@ -270,6 +270,11 @@ def kind_of(node: Node) -> Kind:
     if is_depthwise(node):
         return "depthwise"
     return "product" if node.target in _PRODUCTS else "compute"
+
+
+def _is_half_a_crop(node: Node) -> bool:
+    """A range of one axis of which only a range of another is read: backends cut both at once."""
+    return node.target is aten.slice.Tensor and len(node.users) == 1 and next(iter(node.users)).target is aten.slice.Tensor
 
 
 def is_depthwise(node: Node) -> bool:

@@ -7,7 +7,6 @@ Refuses   nothing: a norm behind anything else, or behind a product that others 
 
 from __future__ import annotations
 
-import operator
 from typing import Any, ClassVar
 
 import torch
@@ -40,7 +39,7 @@ class FoldBatchNorm(Pass):
             if (norm := _norm(edit, node)) is None:
                 continue
             norms += 1
-            product: Any = node.args[0] if node.target is aten.batch_norm.default else node.args[0].args[0]  # type: ignore[union-attr]
+            product: Any = node.args[0]
             if not _foldable(product):
                 continue
             scale, shift = norm
@@ -72,19 +71,12 @@ def _foldable(product: Any) -> bool:
 
 def _norm(edit: Editor, node: Node) -> tuple[Tensor, Tensor] | None:
     """Scale and shift per channel, float64, of a norm that uses stored statistics; None for any other node."""
-    if node.target is aten.batch_norm.default:
-        *tensors, training, _, eps = node.args[1:8]
-        if training:
-            return None
-    elif node.target is operator.getitem and node.args[1] == 0 and _is_inference_norm(node.args[0]):
-        tensors, eps = list(node.args[0].args[1:5]), node.args[0].args[6]  # type: ignore[union-attr]
-    else:
+    if node.target is not aten.batch_norm.default:
+        return None
+    *tensors, training, _, eps = node.args[1:8]
+    if training:
         return None
     gain, bias, mean, variance = (None if t is None else edit.params[str(t.target)].double() for t in tensors)  # type: ignore[union-attr]
     assert mean is not None and variance is not None
     scale = torch.rsqrt(variance + eps) * (1.0 if gain is None else gain)  # type: ignore[operator]
     return scale, (0.0 if bias is None else bias) - mean * scale
-
-
-def _is_inference_norm(node: Any) -> bool:
-    return isinstance(node, Node) and node.target is aten._native_batch_norm_legit_no_training.default

@@ -70,16 +70,14 @@ def _clamp(b: Builder, n: Node) -> str:
     return b.op("Clip", n.args[0], *(None if v is None else b.const(np.float32(v)) for v in (low, high)))
 
 
-def _batch_norm(b: Builder, n: Node) -> str | tuple[str]:
+def _batch_norm(b: Builder, n: Node) -> str:
     x, weight, bias, mean, variance = n.args[:5]
-    inference = n.target is aten._native_batch_norm_legit_no_training.default
-    if not inference and n.args[5]:
+    if n.args[5]:
         raise unsupported(n, "batch statistics")
     channels = int(n.meta["val"].shape[1])
     weight = b.const(np.ones(channels, np.float32)) if weight is None else weight
     bias = b.const(np.zeros(channels, np.float32)) if bias is None else bias
-    out = b.op("BatchNormalization", x, weight, bias, mean, variance, epsilon=float(n.args[6 if inference else 7]))
-    return (out,) if inference else out
+    return b.op("BatchNormalization", x, weight, bias, mean, variance, epsilon=float(n.args[7]))
 
 
 def _adaptive(b: Builder, n: Node) -> str:
@@ -161,7 +159,6 @@ TABLE: dict[Any, Lowering] = {
     aten.hardswish.default: _hard("HardSwish"),
     aten.hardsigmoid.default: _hard("HardSigmoid"),
     aten.batch_norm.default: _batch_norm,
-    aten._native_batch_norm_legit_no_training.default: _batch_norm,
     aten.adaptive_avg_pool2d.default: _adaptive,
     OPS.upsample2d.default: _nearest,
     aten.upsample_nearest2d.vec: _nearest,

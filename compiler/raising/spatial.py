@@ -2,7 +2,7 @@
 
 Matches   conv2d(pad(x, constant 0), w, b, stride, padding, dilation, groups), max_pool2d, avg_pool2d
 Produces  planc::conv2d, planc::max_pool2d, planc::avg_pool2d with pads (top, left, bottom, right)
-          and planc::upsample2d from upsample_nearest2d by whole factors
+          planc::upsample2d from upsample_nearest2d by whole factors, and one form of batch_norm
 
 A padding of TensorFlow's SAME (0 above, 1 below), and the overhang of `ceil_mode`, are then pads like any other, and so is what is left of them
 in a part of the image.
@@ -10,6 +10,7 @@ in a part of the image.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 from torch.fx import Node
@@ -113,7 +114,17 @@ def _upsample(edit: Editor, node: Node) -> Node | None:
     return edit.call(OPS.upsample2d.default, source, [new // old for new, old in sizes])
 
 
+def _norm(edit: Editor, node: Node) -> Node | None:
+    """The inference form that functionalisation makes, as the plain operation."""
+    source: Any = node.args[0]
+    if node.args[1] != 0 or not calls(source, aten._native_batch_norm_legit_no_training.default):
+        return None
+    *tensors, momentum, eps = source.args
+    return edit.call(aten.batch_norm.default, *tensors, False, momentum, eps, False)
+
+
 _FORMS: dict[Any, Any] = {
+    operator.getitem: _norm,
     aten.upsample_nearest2d.vec: _upsample,
     aten.conv2d.default: _conv,
     aten.conv2d.padding: _conv,
