@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from planc.compiler.program import MAIN, Program
-from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
+from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 from planc.runtime.rows import key_bias, positions_of
 
 
@@ -67,11 +67,27 @@ def step_inputs(program: Program, lengths: Ints, step: Step) -> dict[str, Tensor
     return {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in program.inputs if name in feeds}
 
 
-def probe(program: Program, ids: Tensor) -> dict[str, Tensor]:
-    """Outputs on token ids [B,R] from an empty cache: how passes are compared with each other."""
+def probe(program: Program, sample: Tensor) -> dict[str, Tensor]:
+    """Outputs on token ids [B,R] from an empty cache, or on images [B,...]: how passes are compared with each other."""
+    if "images" in program.inputs:
+        return run(program, {"images": sample})
+    ids = sample
     lengths = np.zeros(ids.shape[0], dtype=np.int64)
     inputs = {**step_inputs(program, lengths, Step(ids.numpy())), **empty_state(program, ids.shape[0], ids.shape[1])}
     return run(program, inputs)
+
+
+class ReferenceImageEngine:
+    """Runs an image classifier."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.batches = not isinstance(program.inputs["images"].meta["val"].shape[0], int)
+
+    def forward(self, pixels: Floats) -> Floats:
+        """See `runtime.vision.ImageEngine`."""
+        logits: Floats = run(self.program, {"images": torch.from_numpy(pixels)})["logits"].numpy()
+        return logits
 
 
 class ReferenceCache:

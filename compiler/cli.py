@@ -13,9 +13,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from planc.runtime.errors import PlancError
+from planc.runtime.errors import InputError, PlancError
+from planc.runtime.vision import Classifier
 
 if TYPE_CHECKING:
+    from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -74,7 +76,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="print the ver
 @app.command()
 def run(
     plan: PlanOrDir,
-    prompt: Annotated[str, typer.Argument(help="the prompt; - reads it from standard input", show_default=False)],
+    prompt: Annotated[list[str], typer.Argument(help="the prompt (- reads it from standard input), or image files", show_default=False)],
     model: Model = DEFAULT_MODEL,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="most tokens to make [default: the plan's]")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.0, help="0 is greedy [default: the plan's]")] = None,
@@ -90,10 +92,17 @@ def run(
     as_json: Json = False,
 ) -> None:
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
-    from planc.compiler.store import open_plan
+    from planc._load import text_only
+    from planc.compiler.store import open_any
 
-    text = sys.stdin.read() if prompt == "-" else prompt
-    exe, stored = open_plan(plan, model)
+    opened, stored = open_any(plan, model)
+    if isinstance(opened, Classifier):
+        _classify(opened, prompt, stored, as_json)
+        return
+    exe = text_only(opened)
+    if len(prompt) > 1:
+        raise InputError("input-invalid", f"there are {len(prompt)} prompts", fix="quote the prompt")
+    text = sys.stdin.read() if prompt[0] == "-" else prompt[0]
     settings: dict[str, Any] = {
         "max_new_tokens": max_new_tokens,
         "temperature": temperature,
@@ -116,6 +125,22 @@ def run(
     print(f"\n{_run_line(result)}", flush=True)
     if as_json:
         _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+
+
+def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool) -> None:
+    """Print the five likeliest classes of every image."""
+    found = exe.classify(images)
+    for name, best in zip(images, found, strict=True):
+        print(f"{name}:" if len(images) > 1 else "", end="\n" if len(images) > 1 else "")
+        for prediction in best:
+            print(f"{prediction.probability:7.1%}  {prediction.label}")
+    ms = exe.seconds * 1e3 / len(images)
+    changes = ", ".join(f"{effect.name} ({effect.declared})" for effect in exe.contract.effects)
+    print(f"\n{len(images)} images | {ms:.1f} ms each | {changes}")
+    if as_json:
+        answers = [{"image": name, "classes": [vars(p) for p in best]} for name, best in zip(images, found, strict=True)]
+        times = {"compile_s": stored.compile_s, "cached": stored.cached}
+        _print_json({"images": answers, "ms_per_image": round(ms, 3), "artifact": str(stored.directory), **times})
 
 
 def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int = 0) -> Generation:
@@ -407,12 +432,12 @@ def profile(
     as_json: Json = False,
 ) -> None:
     """Measure what a pass costs on this machine and store it in the artifact."""
-    from planc import load
+    from planc._load import load_text
     from planc.runtime.artifact import write_manifest
     from planc.runtime.contract import hardware
     from planc.runtime.profile import cost_rows, measure_cost, progress_bar
 
-    exe = load(directory)
+    exe = load_text(directory)
     assert exe.manifest is not None
     with progress_bar("measuring passes") as show:
         cost = measure_cost(exe.engine, batch=exe.decode.batch_sizes, capacity=min(exe.capacity, 1024), seconds=seconds, progress=show)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.reference import ReferenceEngine
+from planc.compiler.classify import compile_classifier
 from planc.compiler.drafts import attach_drafts, places_of
+from planc.compiler.image_models import load_classifier
 from planc.compiler.models import LoadedModel, load_model
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
@@ -36,6 +38,7 @@ from planc.runtime.errors import PlanError
 from planc.runtime.executable import Executable
 from planc.runtime.registry import parts
 from planc.runtime.text import Text
+from planc.runtime.vision import Classifier, ImageSpec
 
 DEFAULT_CAPACITY = 4096  # cache slots when the plan names none and the model allows more
 SAMPLE_ROWS = 12  # tokens per sequence on which passes are compared
@@ -63,8 +66,10 @@ def compile(  # noqa: A001 - the public name
     disable: Sequence[str] = (),
     measure: bool = True,
     progress: bool = False,
-) -> Executable:
-    """Compile a causal language model by a plan.
+    image: ImageSpec | dict[str, Any] | int | None = None,
+    labels: Sequence[str] | str | Path | None = None,
+) -> Executable | Classifier:
+    """Compile a causal language model, or an image classifier, by a plan.
 
     Args:
         model: a name of `planc models`, a directory, a GGUF file, a Hugging Face id or a module of transformers.
@@ -75,9 +80,12 @@ def compile(  # noqa: A001 - the public name
         disable: keys of passes to leave out.
         measure: probe exactness and measure the cost table (about 15 s for 135M parameters on two cores).
         progress: show a progress bar on stderr.
+        image: what a classifier expects of an image; needed for a module, and a size alone changes a named model's.
+        labels: names of a classifier's classes, or a file with one a line.
 
     Raises PlanError, ModelError or CompileError; each names the place and the fix. Nothing is left at `out` then.
     """
+    from planc._load import load
     from planc.compiler.measure import measured, stages
 
     plan = _plan(plan)
@@ -92,6 +100,10 @@ def compile(  # noqa: A001 - the public name
         message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
         raise PlanError("plan-conflict", message, plan=plan.where("target", "backend"), fix="use `backend: onnx`")
     with stages(progress) as note:
+        classifier = load_classifier(model, image, labels)
+        if classifier is not None:
+            made = compile_classifier(classifier, plan, lambda: Path(out) if out is not None else _temporary(), disable=disable, note=note)
+            return made if isinstance(made, Classifier) else load(made, verify=False)
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
         finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)
         if planned.plan.target.backend == "reference":
@@ -99,8 +111,6 @@ def compile(  # noqa: A001 - the public name
         directory = Path(out) if out is not None else _temporary()
         note("lowering to ONNX")
         write_onnx(planned, directory, capacity_of(planned), finish, partial(attach_drafts, planned, measure, note))
-    from planc._load import load
-
     return load(directory, verify=False)
 
 

@@ -1,6 +1,7 @@
 """The dialect: the few high-level operations that planc adds to ATen. Each has shapes, a torch reference and a fake kernel.
 
-Letters: B batch, R rows of this pass, H heads, G key/value heads, D head width, C cache slots, T keys that a mask covers, K inputs, N outputs.
+Letters: B batch, R rows of this pass, H heads, G key/value heads, D head width, C cache slots, T keys that a mask covers, K inputs, N outputs;
+of images [B,C,Y,X]: C channels, Y rows, X columns.
 Everything a backend must know stands in the arguments; the torch code below is the meaning that every backend is tested against.
 """
 
@@ -260,6 +261,64 @@ def _rows_fake(x: Tensor, start: Tensor) -> Tensor:
 def rows_from(x: Tensor, start: Tensor) -> Tensor:
     """Rows start .. R-1 of x [B,R,K]; start [1] int64. Keeps the head from computing logits that nobody reads."""
     return x[:, int(start) :].clone()
+
+
+def _padded(x: Tensor, pads: list[int], value: float) -> Tensor:
+    """x [B,C,Y,X] with `pads` (top, left, bottom, right) of a constant; negative ones crop what the padding in front of them made."""
+    top, left, bottom, right = pads
+    if min(pads) < 0:  # pad first, then crop: a window that lies in the padding alone keeps one row of the image to be cropped
+        grown = F.pad(x, [max(p, 0) for p in (left, right, top, bottom)], value=value)
+        rows, columns = grown.shape[2] + min(bottom, 0), grown.shape[3] + min(right, 0)
+        return grown[:, :, -min(top, 0) : rows, -min(left, 0) : columns]
+    return F.pad(x, [left, right, top, bottom], value=value) if any(pads) else x
+
+
+def _windows(size: Any, pads: int, extent: int, stride: int) -> Any:
+    return (size + pads - extent) // stride + 1
+
+
+def _conv_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int], groups: int
+) -> Tensor:
+    sizes = [_windows(x.shape[2 + i], pads[i] + pads[i + 2], (weight.shape[2 + i] - 1) * dilation[i] + 1, stride[i]) for i in range(2)]
+    return x.new_empty((x.shape[0], weight.shape[0], *sizes))
+
+
+@_op("conv2d", _conv_fake)
+def conv2d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int], groups: int) -> Tensor:
+    """Convolution of x [B,C,Y,X] with weight [N,C/groups,h,w] and zeros around: `pads` (top, left, bottom, right) may differ on every side."""
+    top, left, bottom, right = pads
+    if top == bottom >= 0 and left == right >= 0:
+        return F.conv2d(x, weight, bias, stride, [top, left], dilation, groups)
+    return F.conv2d(_padded(x, pads, 0.0), weight, bias, stride, 0, dilation, groups)
+
+
+def _pool_fake(x: Tensor, kernel: list[int], stride: list[int], pads: list[int], *rest: Any) -> Tensor:
+    dilation = rest[0] if rest and isinstance(rest[0], list) else [1, 1]
+    sizes = [_windows(x.shape[2 + i], pads[i] + pads[i + 2], (kernel[i] - 1) * dilation[i] + 1, stride[i]) for i in range(2)]
+    return x.new_empty((*x.shape[:2], *sizes))
+
+
+@_op("max_pool2d", _pool_fake)
+def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], pads: list[int], dilation: list[int]) -> Tensor:
+    """Largest value of every window of x [B,C,Y,X]; what lies outside the image, `pads` (top, left, bottom, right), is minus infinity."""
+    return F.max_pool2d(_padded(x, pads, -torch.inf), kernel, stride, 0, dilation)
+
+
+@_op("avg_pool2d", _pool_fake)
+def avg_pool2d(x: Tensor, kernel: list[int], stride: list[int], pads: list[int], count_pads: bool) -> Tensor:
+    """Mean of every window of x [B,C,Y,X]; `pads` (top, left, bottom, right) are zeros that the divisor counts, or not."""
+    sums = F.avg_pool2d(_padded(x, pads, 0.0), kernel, stride, 0, divisor_override=1)
+    if count_pads:
+        return sums / (kernel[0] * kernel[1])
+    inside = _padded(torch.ones_like(x[:1, :1]), pads, 0.0)
+    return sums / F.avg_pool2d(inside, kernel, stride, 0, divisor_override=1)
+
+
+@_op("upsample2d", lambda x, factors: x.new_empty((*x.shape[:2], *(s * f for s, f in zip(x.shape[2:], factors, strict=True)))))
+def upsample2d(x: Tensor, factors: list[int]) -> Tensor:
+    """Every value of x [B,C,Y,X] repeated factors[0] times along rows and factors[1] times along columns (nearest neighbour)."""
+    return x.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
 
 
 OPS = torch.ops.planc

@@ -26,6 +26,7 @@ from rich.console import Console
 from torch import nn
 
 from planc.compiler.downloads import KnownModel, Wheel, fetch, sha256_of
+from planc.compiler.image_models import KNOWN as IMAGE_MODELS
 from planc.compiler.plan_source import nearest
 from planc.compiler.store import cache_dir
 from planc.runtime.errors import ModelError
@@ -114,8 +115,9 @@ class ModelInfo:
 def models() -> list[ModelInfo]:
     """The models that can be had by name, and how much of each is in the cache."""
     table = []
-    for model in KNOWN.values():
-        converted, downloaded = _converted_dir(model.sha256).is_dir(), model.path(cache_dir()).is_file()
+    for model in (*KNOWN.values(), *IMAGE_MODELS.values()):
+        downloaded = model.path(cache_dir()).is_file()
+        converted = model.name in IMAGE_MODELS or _converted_dir(model.sha256).is_dir()
         state = "ready" if converted and downloaded else "downloaded" if downloaded else "available"
         table.append(ModelInfo(model.name, state, round(sum(wheel.size for wheel in model.wheels) / 1e6), model.licence, model.about))
     return table
@@ -161,9 +163,9 @@ def locate(name: str) -> tuple[Path, Path | None]:
 
 
 def _not_found(name: str, reason: str) -> ModelError:
-    near = nearest(name, KNOWN)
+    near = nearest(name, names := (*KNOWN, *IMAGE_MODELS))
     hint = f"did you mean {near[0]}? " if near else ""
-    known = ", ".join(KNOWN)
+    known = ", ".join(names)
     return ModelError(
         "model-not-found", f"no model {name!r}: {reason}", fix=f"{hint}known: {known}; or a directory, a GGUF file, a Hugging Face id"
     )

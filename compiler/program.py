@@ -59,6 +59,7 @@ class ModelInfo:
     eos_ids: tuple[int, ...] = ()
     gguf: Any = None
     tokenizer_files: Mapping[str, Any] = field(default_factory=dict)
+    task: str = "generation"  # or "classification": images in, logits of classes out
 
 
 @dataclass(frozen=True)

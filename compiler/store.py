@@ -22,6 +22,7 @@ from planc.runtime.errors import ArtifactError, PlanError
 
 if TYPE_CHECKING:
     from planc.runtime.executable import Executable
+    from planc.runtime.vision import Classifier
 
 KEEP = 8  #: cached artifacts; the least recently used ones go first
 
@@ -77,6 +78,14 @@ def obtain(plan: Path, model: str, *, progress: bool = True, refresh: bool = Fal
 
 
 def open_plan(plan: Path, model: str, *, progress: bool = True) -> tuple[Executable, Stored]:
+    """`open_any` for what generates text. Raises InputError[input-invalid] for anything else."""
+    from planc._load import text_only
+
+    exe, stored = open_any(plan, model, progress=progress)
+    return text_only(exe), stored
+
+
+def open_any(plan: Path, model: str, *, progress: bool = True) -> tuple[Executable | Classifier, Stored]:
     """Load what `obtain` gives. A cached artifact that turns out damaged is compiled once more; one that the user named is not touched."""
     from planc import load
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -92,6 +92,48 @@ def trace(model: nn.Module, info: ModelInfo) -> Program:
     finally:
         model.train(training)
     return _program(exported, info, "model.")
+
+
+#: Operations whose shape functions know no symbolic batch: a model with one of them takes an image at a time.
+_FIXED_BATCH = {_ATEN.upsample_bilinear2d.vec, _ATEN.upsample_bicubic2d.vec}
+
+
+class _Images(nn.Module):
+    """An image classifier as a function of its pixels: the form that is traced."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> dict[str, Tensor]:
+        out = self.model(images)
+        return {"logits": out.logits if hasattr(out, "logits") else out}
+
+
+def trace_classifier(model: nn.Module, shape: tuple[int, ...], info: ModelInfo) -> Program:
+    """Trace an image classifier. Input of the program: images [B, *shape] float32; output: logits [B,N]. B is dynamic where the model allows it.
+
+    Raises CompileError[trace-failed] when export fails, or when the output is not [B,N].
+    """
+    forward = _Images(model).eval()
+    hooked = next((m for m in model.modules() if hasattr(m, "set_attn_implementation")), None)
+    try:
+        with _captured_attention(hooked) if hooked is not None else nullcontext():
+            exported = torch.export.export(forward, (torch.zeros(2, *shape),), dynamic_shapes=({0: Dim.AUTO},), strict=False)
+            if any(n.target in _FIXED_BATCH for n in exported.graph.nodes):
+                exported = torch.export.export(forward, (torch.zeros(1, *shape),), strict=False)
+        if any(n.op == "call_function" and getattr(getattr(n.target, "_schema", None), "is_mutable", False) for n in exported.graph.nodes):
+            exported = exported.run_decompositions({})  # writes in place become new values; every other operation stays what it is
+    except Exception as error:
+        message = f"{type(model).__name__} could not be traced on images {list(shape)}: {str(error).splitlines()[0]}"
+        raise CompileError("trace-failed", message, where="torch.export", fix=_hint(error)) from error
+    program = _program(exported, info, "model.")
+    if program.outputs["logits"].meta["val"].dim() != 2:
+        found = list(program.outputs["logits"].meta["val"].shape)
+        raise CompileError(
+            "trace-failed", f"a classifier returns [images, classes], {type(model).__name__} returned {found}", where="torch.export"
+        )
+    return program
 
 
 def trace_module(module: nn.Module, inputs: tuple[Tensor, ...], info: ModelInfo, dynamic: Any = None) -> Program:

@@ -80,11 +80,13 @@ class Manifest(_Model):
     planc: str  # version that wrote the artifact
     created_by: str = ""  # command or call that wrote it
     model: str = ""  # name, path or id of the model
+    task: Literal["generation", "classification"] = "generation"
     plan: dict[str, Any] = Field(default_factory=dict)  # the plan as data
     decode: dict[str, Any] = Field(default_factory=dict)  # its decode section, with `auto` values settled
     backend: str = "onnx"
     target: dict[str, Any] = Field(default_factory=dict)
-    signature: Signature
+    signature: Signature = Signature(vocab_size=1, max_length=1, capacity=1)  # of a model that reads text
+    image: dict[str, Any] = Field(default_factory=dict)  # of a model that reads images: the fields of `runtime.vision.ImageSpec`
     eos_ids: tuple[int, ...] = ()
     contract: Contract = Field(default_factory=Contract)
     extra: dict[str, Any] = Field(default_factory=dict)  # what only the backend understands: file roles, bindings

@@ -177,9 +177,17 @@ def _transpose(b: Builder, n: Node) -> str:
     return b.op("Transpose", n.args[0], perm=order)
 
 
+def _is_range(n: Node) -> bool:
+    return len(n.args) == 4 and all(isinstance(a, int) for a in n.args[1:])
+
+
 @lowers(aten.slice.Tensor)
 def _slice(b: Builder, n: Node) -> str:
     x, axis, start, end, step = (list(n.args) + [0, None, None, 1][len(n.args) - 1 :])[:5]
+    inner: Any = x
+    if inner.target is aten.slice.Tensor and len(inner.users) == 1 and _is_range(inner) and _is_range(n) and inner.args[1] != axis:
+        ranges = [[m.args[i] for m in (inner, n)] for i in (2, 3, 1)]  # both axes at once: the range of the first is never made
+        return b.op("Slice", inner.args[0], *(b.const(values, np.int64) for values in ranges))
     edges = [
         b.op("Reshape", e, b.const([1], np.int64)) if isinstance(e, Node) else b.const([d if e is None else e], np.int64)
         for e, d in ((start, 0), (end, 2**62))

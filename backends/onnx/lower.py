@@ -75,7 +75,8 @@ def build(
     _rename_outputs(builder, [o.name for o in outputs])
     builder.nodes = live_nodes(builder.nodes, [o.name for o in outputs])
     graph = helper.make_graph(builder.nodes, program.info.name, inputs, outputs, _read(builder))
-    opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
+    used = {node.domain for node in builder.nodes}
+    opsets = [helper.make_opsetid("", OPSET), *([helper.make_opsetid(MICROSOFT, 1)] if MICROSOFT in used else [])]
     return helper.make_model(graph, opset_imports=opsets, ir_version=10, producer_name="planc"), builder.values
 
 

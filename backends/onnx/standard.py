@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from planc.backends.onnx.aten import TABLE as ATEN
 from planc.backends.onnx.build import Builder, Lowering
+from planc.backends.onnx.spatial import TABLE as SPATIAL
 from planc.compiler.dialect import MASKED, OPS
 
 aten = torch.ops.aten
@@ -137,6 +138,7 @@ def _rows_from(b: Builder, n: Node) -> str:
 
 TABLE: dict[object, Lowering] = {
     **ATEN,
+    **SPATIAL,
     OPS.rms_norm.default: _rms_norm,
     OPS.rope_table.default: _rope_table,
     OPS.rope.default: _rope,

@@ -15,10 +15,11 @@ class System:
 
     def __init__(self, config: dict[str, Any]) -> None:
         import planc
+        from planc._load import load_text
         from planc.runtime.executable import Executable
 
         self.version = planc.__version__
-        exe = planc.load(config["artifact"], threads=config.get("threads"))
+        exe = load_text(config["artifact"], threads=config.get("threads"))
         plain = exe.plain()
         one_row = plain.decode.model_copy(update={"min_rows": 1})
         self.forms = {

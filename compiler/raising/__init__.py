@@ -8,8 +8,9 @@ from planc.compiler.raising.layout import cancel_transposes
 from planc.compiler.raising.linear import raise_linear
 from planc.compiler.raising.norm import raise_rms_norm
 from planc.compiler.raising.rope import raise_rope
+from planc.compiler.raising.spatial import raise_spatial
 
-RAISINGS = (raise_linear, raise_rms_norm, raise_rope, raise_glu, cancel_transposes)
+RAISINGS = (raise_linear, raise_rms_norm, raise_rope, raise_glu, cancel_transposes, raise_spatial)
 
 
 def raise_program(program: Program) -> Program:

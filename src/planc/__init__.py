@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from planc.compiler.plan import Plan
     from planc.runtime.errors import PlancError
     from planc.runtime.executable import Executable, Generation
+    from planc.runtime.vision import Classifier, ImageSpec, Prediction
 
     __version__: str
 
@@ -21,12 +22,26 @@ _HOMES = {
     "compile": "planc.compiler.compile",
     "load": "planc._load",
     "Plan": "planc.compiler.plan",
+    "Classifier": "planc.runtime.vision",
+    "ImageSpec": "planc.runtime.vision",
+    "Prediction": "planc.runtime.vision",
     "Executable": "planc.runtime.executable",
     "Generation": "planc.runtime.executable",
     "PlancError": "planc.runtime.errors",
 }
 
-__all__ = ["Executable", "Generation", "Plan", "PlancError", "__version__", "compile", "load"]
+__all__ = [
+    "Classifier",
+    "Executable",
+    "Generation",
+    "ImageSpec",
+    "Plan",
+    "PlancError",
+    "Prediction",
+    "__version__",
+    "compile",
+    "load",
+]
 
 
 def __getattr__(name: str) -> Any:

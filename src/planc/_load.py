@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -14,13 +15,14 @@ from planc.runtime.drafters import DraftModel, Loaded
 from planc.runtime.drafters.draft_model import FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
-from planc.runtime.errors import ArtifactError
+from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.executable import Executable
 from planc.runtime.text import TOKENIZER, Text
+from planc.runtime.vision import Classifier, ImageEngine, ImageSpec
 
 
-def load(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable:
-    """Open an artifact that `planc.compile` or `planc compile` wrote; needs no torch.
+def load(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable | Classifier:
+    """Open an artifact that `planc.compile` or `planc compile` wrote; needs no torch. What it is for decides which of the two it becomes.
 
     Args:
         directory: the artifact.
@@ -29,6 +31,8 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
     """
     directory = Path(directory).expanduser()
     manifest = read_artifact(directory, verify=verify)
+    if manifest.task == "classification":
+        return _classifier(directory, manifest, threads)
     try:
         decode = Decode.model_validate(manifest.decode)
     except ValidationError as error:
@@ -40,6 +44,31 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
     text = Text.load(directory, eos_ids=manifest.eos_ids or None)
     models = _draft_models(directory, manifest, decode, text, threads)
     return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory, models)
+
+
+def load_text(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable:
+    """The same for an artifact that generates text. Raises InputError[input-invalid] for another."""
+    return text_only(load(directory, threads=threads, verify=verify))
+
+
+def text_only(exe: Executable | Classifier) -> Executable:
+    """`exe` where it generates text. Raises InputError[input-invalid] where it does something else."""
+    if isinstance(exe, Classifier):
+        where = str(exe.directory) if exe.directory is not None else None
+        raise InputError("input-invalid", "this model classifies images and generates no text", where=where, fix="name a language model")
+    return exe
+
+
+def _classifier(directory: Path, manifest: Manifest, threads: int | None) -> Classifier:
+    try:
+        image = ImageSpec.model_validate(manifest.image)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise ArtifactError("artifact-corrupt", f"the image section is not valid: {where}: {first['msg']}", where=str(directory)) from error
+    labels = (directory / "labels.txt").read_text(encoding="utf-8").splitlines() if "labels.txt" in manifest.files else ()
+    engine: ImageEngine = _engine_class("images", "ImageEngine", directory, manifest)(directory, manifest, threads)
+    return Classifier(engine, image, labels, manifest.contract, manifest, directory)
 
 
 def _draft_models(directory: Path, manifest: Manifest, decode: Decode, text: Text, threads: int | None) -> dict[str, Loaded]:
@@ -74,16 +103,20 @@ def _draft_model(folder: Path, target: Manifest, tokenizer: str, text: Text, thr
 
 
 def _engine(directory: Path, manifest: Manifest, threads: int | None) -> Engine:
-    """`planc.backends.NAME.engine.NameEngine` of the manifest's backend."""
+    engine: Engine = _engine_class("engine", "Engine", directory, manifest)(directory, manifest, threads)
+    return engine
+
+
+def _engine_class(file: str, kind: str, directory: Path, manifest: Manifest) -> Any:
+    """`planc.backends.NAME.FILE.NameKind` of the manifest's backend."""
     name = manifest.backend
     if not re.fullmatch(r"[a-z][a-z0-9]*", name):
         raise ArtifactError("artifact-corrupt", f"{name!r} is not the name of a backend", where=str(directory))
-    module = f"planc.backends.{name}.engine"
+    module = f"planc.backends.{name}.{file}"
     try:
-        engine: Engine = getattr(importlib.import_module(module), f"{name.capitalize()}Engine")(directory, manifest, threads)
+        return getattr(importlib.import_module(module), f"{name.capitalize()}{kind}")
     except ModuleNotFoundError as error:
         ours = error.name is not None and module.startswith(error.name)
         message = f"this planc has no backend {name!r}" if ours else f"the {name} backend needs {error.name}, which is not installed"
         fix = "install the planc that wrote the artifact" if ours else f"pip install {error.name}"
         raise ArtifactError("backend-missing", message, where=str(directory), fix=fix) from error
-    return engine
