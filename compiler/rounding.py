@@ -12,7 +12,7 @@ from planc.runtime.errors import CompileError
 #: weights in units of their scale, [N, n] -> the nearest levels, same shape and units
 Nearest = Callable[[Tensor], Tensor]
 
-_COLUMNS = 128  # that are rounded before their errors are carried to the rest
+_COLUMNS = 32  # that are rounded before their errors are carried to the rest: few enough to stay in the cache
 
 
 def gptq(weight: Tensor, gram: Tensor, scale: Tensor, nearest: Nearest, damp: float = 0.01) -> Tensor:

@@ -132,7 +132,7 @@ def _perplexity(loaded: LoadedModel, planned: Program, plain: Program) -> Item:
         4,
         "perplexity: LQ at 3 bits < NF3, trained factors lower still, NF4 with rank 16 within 5 %",
         False,
-        {"holds": holds, **found, **why},
+        figures,
     )
 
 
