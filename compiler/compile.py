@@ -26,7 +26,6 @@ from planc.compiler.raising import raise_program
 from planc.compiler.trace import trace
 from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
-from planc.passes.fuse_projections import FuseProjections
 from planc.passes.kv_cache import KvCache
 from planc.passes.logits_rows import LogitsRows
 from planc.passes.top_k import TopK
@@ -146,8 +145,7 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
             fix="remove one of them",
         )
     have = {p.key for p in passes}
-    if any("fuse_projections" in p.demands for p in passes) and "fuse_projections" not in have:
-        passes.append(FuseProjections())
+    passes += [parts("pass")[key]() for key in dict.fromkeys(key for p in passes for key in p.demands) if key not in have]  # type: ignore[misc]
     trees = tree_form(plan)
     if "kv_cache" not in have:
         passes.append(KvCache(trees=trees))
