@@ -118,14 +118,20 @@ def rewrite(
     note("loading the model")
     loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)
     note("tracing")
-    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
-    program = raise_program(trace(loaded.module, info))
-    verify(program, "raising")
+    program = raised(loaded)
     ids = text_ids(loaded)
     context = Context(calibration if calibration is not None else calibration_blocks(ids), None)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)
+
+
+def raised(loaded: LoadedModel) -> Program:
+    """The model in the dialect, before any pass."""
+    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
+    program = raise_program(trace(loaded.module, info))
+    verify(program, "raising")
+    return program
 
 
 def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:

@@ -74,7 +74,7 @@ class Groups:
     groups: tuple[Group, ...]
     labels: dict[Node, Any]  # Axes, or a list of them for an operation with several outputs
     roots: Labels  # label -> smallest label tied to it
-    frozen: dict[str, str]  # parameter -> name of the node that froze an axis of it
+    frozen: dict[tuple[str, int], str]  # parameter, axis -> name of the node that froze it
 
     def kept(self, labels: Labels | None, dead: NDArray[np.bool_]) -> NDArray[np.bool_] | None:
         """Which positions of an axis stay when the units with `dead[root]` go."""
@@ -164,7 +164,7 @@ class _Walk:
         groups = [self._group("heads" if keys[0] else "channels", keys[1:], units, roots) for keys, units in families.items()]
         order = {node: i for i, node in enumerate(self.program.main.nodes)}
         groups.sort(key=lambda g: min(order[s.reader] for s in g.read if s.reader is not None))
-        frozen = {param: node.name for labels, node in reversed(self.froze) for (param, _), own in self.axes.items() if own is labels}
+        frozen = {key: node.name for labels, node in reversed(self.froze) for key, own in self.axes.items() if own is labels}
         return Groups(tuple(groups), self.labels, roots, frozen)
 
     def _group(self, kind: Kind, keys: Sequence[tuple[str, int]], units: list[int], roots: Labels) -> Group:

@@ -112,7 +112,7 @@ class Prune(Pass):
         wanted, among = find_groups(program), set(products)
         groups = [g for g in wanted.groups if g.kind in UNITS[self.granularity] and all(site.reader in among for site in g.read)]
         if not groups:
-            why = {wanted.frozen[w] for n in among if (w := str(n.args[1].target)) in wanted.frozen}  # type: ignore[union-attr]
+            why = {wanted.frozen[at] for n in among if (at := (str(n.args[1].target), 1)) in wanted.frozen}  # type: ignore[union-attr]
             by = f"; they are needed whole by {', '.join(sorted(why)[:3])}" if why else ""
             message = f"there are no {self.granularity} that could be removed{by}"
             raise CompileError("prune-frozen", message, where=f"pass {self.key}", fix="use granularity `weights`, or other modules")

@@ -9,7 +9,7 @@ Paper     DepGraph (Fang et al. 2023) for what goes together; pruning passes onl
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -50,14 +50,17 @@ class Realise(Pass):
             for site in group.sites:
                 whole = stay[site.param].setdefault(site.axis, np.ones(len(site.units), dtype=bool))
                 whole &= ~np.append(gone, False)[site.units]
-        self._cut(edit, stay)
-        for node in program.main.nodes:
-            if node.op == "call_function":
-                _resize(edit, found, edit[node], node, dead)
+        changed = self._cut(edit, stay)
+        for old in program.main.nodes:
+            if old.op == "call_function" and any(source in changed for source in edit[old].all_input_nodes):
+                _resize(edit, found, edit[old], old, dead)
+                if _size(edit[old]) != _size(old):
+                    changed.add(edit[old])
         sizes = [f"{group.name}: {group.size} -> {group.size - int(gone.sum())}" for group, gone in zip(found.groups, silent, strict=True)]
         return edit.done(sum(group.size for group in found.groups), count, sizes)
 
-    def _cut(self, edit: Editor, stay: dict[str, dict[int, NDArray[np.bool_]]]) -> None:
+    def _cut(self, edit: Editor, stay: dict[str, dict[int, NDArray[np.bool_]]]) -> set[Node]:
+        changed = set()
         for node in list(edit.graph.nodes):
             if node.op != "get_attr" or all(bool(s.all()) for s in stay.get(str(node.target), {}).values()):
                 continue
@@ -68,6 +71,14 @@ class Realise(Pass):
             with edit.before(node):
                 new = edit.param(name, edit.params.get(name, value))
             edit.replace(node, new)
+            changed.add(new)
+        return changed
+
+
+def _size(node: Node) -> Any:
+    """Shape of a value, or of each of several."""
+    value = node.meta.get("val")
+    return [v.shape for v in value] if isinstance(value, list | tuple) else getattr(value, "shape", None)
 
 
 def _silent(program: Program, group: Group) -> NDArray[np.bool_]:
@@ -98,10 +109,15 @@ def _resize(edit: Editor, found: Groups, node: Node, old: Node, dead: NDArray[np
     elif name == "slice" and (kept := found.kept(found.labels[old.args[0]][part_axis(old)], dead)) is not None:
         start, end = int(old.args[2] or 0), min(int(old.args[3]), len(kept)) if old.args[3] is not None else len(kept)  # type: ignore[call-overload]
         node.args = (node.args[0], node.args[1], int(kept[:start].sum()), int(kept[:end].sum()))
-    elif name.startswith("conv") and node.args[-1] not in (1, node.args[0].meta["val"].shape[1]):  # type: ignore[union-attr]
-        channels, inputs = (int(a.meta["val"].shape[1]) for a in node.args[:2])  # type: ignore[union-attr]
-        node.update_arg(len(node.args) - 1, channels // inputs)
+    elif name.startswith("conv") and _channels_per_weight(old) > 1:  # the number of groups is the last argument
+        node.update_arg(len(node.args) - 1, _channels_per_weight(node))
     edit.compute(node)
+
+
+def _channels_per_weight(node: Node) -> int:
+    """Groups of a convolution, from the shapes of its input and its weight."""
+    channels, inputs = (int(a.meta["val"].shape[1]) for a in node.args[:2])  # type: ignore[union-attr]
+    return channels // inputs
 
 
 def _left(found: Groups, old: Node, dead: NDArray[np.bool_]) -> list[int | None] | None:
