@@ -29,7 +29,6 @@ from planc.compiler.search.spec import check_closed
 from planc.compiler.trace import trace
 from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
-from planc.passes.fuse_projections import FuseProjections
 from planc.passes.kv_cache import KvCache
 from planc.passes.logits_rows import LogitsRows
 from planc.passes.top_k import TopK
@@ -131,14 +130,20 @@ def rewrite(
     note("loading the model")
     loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)
     note("tracing")
-    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
-    program = raise_program(trace(loaded.module, info))
-    verify(program, "raising")
+    program = raised(loaded)
     ids = text_ids(loaded)
     context = Context(calibration if calibration is not None else calibration_blocks(ids), None, chosen.folder)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)
+
+
+def raised(loaded: LoadedModel) -> Program:
+    """The model in the dialect, before any pass."""
+    info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
+    program = raise_program(trace(loaded.module, info))
+    verify(program, "raising")
+    return program
 
 
 def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
@@ -158,8 +163,7 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
             fix="remove one of them",
         )
     have = {p.key for p in passes}
-    if any("fuse_projections" in p.demands for p in passes) and "fuse_projections" not in have:
-        passes.append(FuseProjections())
+    passes += [parts("pass")[key]() for key in dict.fromkeys(key for p in passes for key in p.demands) if key not in have]  # type: ignore[misc]
     trees = tree_form(plan)
     if "kv_cache" not in have:
         passes.append(KvCache(trees=trees))

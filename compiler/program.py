@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -161,15 +162,28 @@ class Editor:
         fake = self.mode.from_tensor(real, symbolic_context=StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC, DimDynamic.STATIC]))
         return fake.shape[0]
 
-    def refresh(self, start: Node) -> None:
-        """Recompute the fake values of everything behind `start` (a new node changed a shape)."""
-        stale = {start}
+    def refresh(self, *starts: Node) -> None:
+        """Recompute the fake values of everything behind the nodes (new or changed ones, which changed a shape)."""
+        stale = set(starts)
         for node in self.graph.nodes:
             if node.op == "call_function" and any(a in stale for a in node.all_input_nodes):
                 stale.add(node)
-                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-                with self.mode:
-                    node.meta["val"] = node.target(*args, **kwargs)
+                self.compute(node)
+
+    def compute(self, node: Node) -> None:
+        """Recompute the fake value of one node."""
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        with self.mode:
+            node.meta["val"] = node.target(*args, **kwargs)  # type: ignore[operator]
+
+    def swap(self, node: Node, index: int, value: Tensor, mark: str) -> Node:
+        """Let argument `index` of one node, a parameter, be `value`; it is called as the old one with `mark` behind. Other readers keep theirs."""
+        old = node.args[index]
+        assert isinstance(old, Node)
+        with self.before(node):
+            new = self.param(f"{old.target}{mark}", value)
+        node.update_arg(index, new)
+        return new
 
     def outputs(self, **new: Node | None) -> None:
         """Add, replace or (None) remove named outputs."""
@@ -224,6 +238,12 @@ def module_path(node: Node) -> str:
     """Path of the innermost module that made the node, e.g. model.layers.3.mlp; empty when unknown."""
     stack = node.meta.get("nn_module_stack")
     return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def module_matches(name: str, pattern: str) -> bool:
+    """Whether a parameter (one of several joined by `|`, with marks of passes behind) belongs to a module that a pattern of the plan names."""
+    paths = [part.partition(".weight")[0] for part in name.split("|")]
+    return any(fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}") for path in paths)
 
 
 def source_line(node: Node) -> str:

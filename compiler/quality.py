@@ -7,7 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from planc.backends.reference import run
+from planc.compiler.program import Program
 from planc.runtime.engine import Engine, Floats, Step
 from planc.runtime.errors import InputError
 
@@ -65,6 +68,15 @@ def window_logits(engine: Engine, ids: Sequence[int], min_rows: int = 1, *, chun
         assert outputs.logits is not None
         yield outputs.logits[0, : len(part)]
         cache.keep(0, np.arange(len(part), dtype=np.int64))
+
+
+def program_nll(program: Program, windows: Sequence[Sequence[int]]) -> float:
+    """As `window_nll` over all windows, but of a program without cache on the reference backend: passes can be compared before lowering."""
+    total = 0.0
+    for ids in windows:
+        inputs = {"input_ids": torch.tensor([list(ids)]), "position_ids": torch.arange(len(ids))[None]}
+        total += nll_of(run(program, inputs)["logits"][0, :-1].numpy(), ids[1:])
+    return total
 
 
 def perplexity(nll: float, tokens: int) -> float:

@@ -76,9 +76,11 @@ class Smooth(Pass):
         if site.heads:
             spread = scale.reshape(groups, 1, width).expand(groups, queries, width).reshape(-1)
         for product in site.products:
-            _swap(edit, edit[product], 1, lambda w: w * spread, "*s")
+            weight = edit.params[str(edit[product].args[1].target)]
+            edit.swap(edit[product], 1, weight * spread, "*s")
         for owner, index in site.rows:
-            _swap(edit, edit[owner], index, lambda p: _divide(p, scale, site.offset), "/s")
+            parameter = edit.params[str(edit[owner].args[index].target)]
+            edit.swap(edit[owner], index, _divide(parameter, scale, site.offset), "/s")
 
 
 def _divide(parameter: Tensor, scale: Tensor, offset: int) -> Tensor:
@@ -86,14 +88,6 @@ def _divide(parameter: Tensor, scale: Tensor, offset: int) -> Tensor:
     rows = slice(offset, offset + len(scale))
     out[rows] = out[rows] / (scale[:, None] if out.dim() == 2 else scale)
     return out
-
-
-def _swap(edit: Editor, node: Node, index: int, change: Any, mark: str) -> None:
-    """Let one user read a changed copy of a parameter (another user, such as a tied embedding, keeps the old one)."""
-    old = node.args[index]
-    with edit.before(node):
-        new = edit.param(f"{old.target}{mark}", change(edit.params[str(old.target)]))
-    node.update_arg(index, new)
 
 
 def _inputs(program: Program) -> list[Node]:

@@ -1,0 +1,175 @@
+"""Prune weights, heads or channels: a score, a granularity, an allocation and a repair.
+
+Matches   dense layers and convolutions, and for heads and channels their dependency groups (see compiler/groups)
+Produces  the same products with weights that are zero where something was removed, and biases where the repair adds them;
+          `realise` then makes heads and channels that are zero in all their readers disappear
+Refuses   weights with NaN; N:M that does not divide; a budget that cannot be met; patterns of modules with nothing to remove
+Paper     40 DSnoT: wanda, weights, rows, swap. 22 FLAP: fluctuation, units, everywhere, mean_bias. SparseGPT: obs, weights, rows, obs_update.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.fx import Node
+
+from planc.compiler.calibration import Statistics, calibration_text, collect
+from planc.compiler.groups import Group, find_groups
+from planc.compiler.passbase import Context, Pass, Stage
+from planc.compiler.program import Editor, Program, describe, module_matches
+from planc.passes.pruning import Allocation, Layer, Magnitude, Nothing, Rows, Swap, Uniform
+from planc.runtime.errors import CompileError, PlanError
+from planc.runtime.registry import item_of
+
+aten = torch.ops.aten
+PRODUCTS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default)
+UNITS: dict[str, tuple[str, ...]] = {"heads": ("heads",), "channels": ("channels",), "units": ("heads", "channels")}
+Part = Any  # a plan part, see registry.item_of
+
+
+class Prune(Pass):
+    """Zero the least important weights, heads or channels."""
+
+    stage: ClassVar[Stage] = Stage.STRUCTURE
+    score: item_of("score") = Field(default=Magnitude(), description="what a weight or unit is worth")  # type: ignore[valid-type]
+    granularity: str = Field(
+        default="weights",
+        pattern=r"^(weights|heads|channels|units|[1-9]\d*:[1-9]\d*)$",
+        description="what is removed at once: weights, heads (with their keys and values), hidden channels, units (both), or N:M: all but N of M "
+        "neighbouring inputs of an output",
+    )
+    allocation: item_of("allocation") = Field(default=Uniform(), description="how the budget is shared out")  # type: ignore[valid-type]
+    sparsity: float | None = Field(
+        default=None, ge=0.0, lt=1.0, description="share of the parameters in reach that is removed; N:M says it by itself"
+    )
+    repair: item_of("repair") = Field(default=Nothing(), description="what makes up for the loss")  # type: ignore[valid-type]
+    realise: bool = Field(default=True, description="heads and channels: make the matrices smaller; otherwise they only become zero")
+    modules: tuple[str, ...] = Field(
+        default=(),
+        description="patterns of module paths that are pruned (heads and channels: that read them); default: all but the last product",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Prune:
+        if (":" in self.granularity) == (self.sparsity is not None):
+            message = "N:M says how much is removed" if self.sparsity is not None else "prune needs a sparsity"
+            raise PlanError("plan-bad-value", message, fix="remove `sparsity`" if self.sparsity is not None else "add `sparsity`")
+        if ":" in self.granularity and self.pattern[0] >= self.pattern[1]:
+            raise PlanError("plan-bad-value", f"{self.granularity} removes nothing", fix="N must be smaller than M")
+        if self.granularity in UNITS and isinstance(self.repair, Swap):
+            raise PlanError("plan-bad-value", "swap exchanges single weights", fix="use repair mean_bias with heads and channels")
+        return self
+
+    @property
+    def pattern(self) -> tuple[int, int]:
+        """N and M; (0, 0) without a pattern."""
+        match = re.fullmatch(r"(\d+):(\d+)", self.granularity)
+        return (int(match[1]), int(match[2])) if match else (0, 0)
+
+    @property
+    def demands(self) -> tuple[str, ...]:  # type: ignore[override]
+        """Smaller matrices where units go."""
+        return ("realise",) if self.realise and self.granularity in UNITS else ()
+
+    def apply(self, program: Program, context: Context) -> Program:
+        """Score, choose, repair."""
+        note = str(self.item())
+        if any(c.pass_name == self.key and note in c.notes for c in program.history):
+            return program
+        products = self._products(program)
+        groups = self._groups(program, products) if self.granularity in UNITS else []
+        if groups:
+            products = [p for p in products if any(site.reader is p for group in groups for site in group.read)]
+        layers = self._layers(program, products, context)
+        masks = self._unit_masks(program, groups, layers) if groups else self._weight_masks(layers)
+        edit, done = program.edit(self.key), 0
+        for name, layer in layers.items():
+            if name in masks and not bool(masks[name].all()):
+                weight, lost = self.repair.repaired(layer, masks[name], self.pattern[1])
+                _write(edit, edit[layer.node], weight, lost)
+                done += 1
+        return edit.done(len(layers), done, [note]) if done else program
+
+    def _products(self, program: Program) -> list[Node]:
+        """Products with weights of their own, those that the patterns name or all but the last."""
+        found = [n for n in program.main.nodes if n.target in PRODUCTS and n.args[1].op == "get_attr"]
+        for pattern in self.modules:
+            if not any(module_matches(str(n.args[1].target), pattern) for n in found):
+                paths = ", ".join(str(n.args[1].target).partition(".weight")[0] for n in found[:3])
+                message = f"the pattern {pattern!r} matches no dense layer or convolution"
+                raise CompileError("pass-no-match", message, where=f"pass {self.key}", fix=f"module paths look like {paths}")
+        if self.modules:
+            return [n for n in found if any(module_matches(str(n.args[1].target), p) for p in self.modules)]
+        return found[:-1]
+
+    def _groups(self, program: Program, products: Iterable[Node]) -> list[Group]:
+        """The groups of the wanted kinds whose readers are all among the products."""
+        wanted, among = find_groups(program), set(products)
+        groups = [g for g in wanted.groups if g.kind in UNITS[self.granularity] and all(site.reader in among for site in g.read)]
+        if not groups:
+            why = {wanted.frozen[at] for n in among if (at := (str(n.args[1].target), 1)) in wanted.frozen}  # type: ignore[union-attr]
+            by = f"; they are needed whole by {', '.join(sorted(why)[:3])}" if why else ""
+            message = f"there are no {self.granularity} that could be removed{by}"
+            raise CompileError("prune-frozen", message, where=f"pass {self.key}", fix="use granularity `weights`, or other modules")
+        return groups
+
+    def _layers(self, program: Program, products: Iterable[Node], context: Context) -> dict[str, Layer]:
+        """What calibration has to say, if anything is asked of it, and the weights."""
+        needs = self.score.needs | self.repair.needs
+        inputs = {p.args[0]: needs for p in products}
+        axes = {p.args[0]: 1 for p in products if p.target is not aten.linear.default}
+        seen = Statistics({})
+        if needs:
+            seen = collect(program, inputs, calibration_text(context, self.key), context.progress, axes=axes)  # type: ignore[arg-type]
+        layers = {str(p.args[1].target): Layer(p, program.params[str(p.args[1].target)], seen) for p in products}  # type: ignore[union-attr]
+        for layer in layers.values():
+            if not bool(torch.isfinite(layer.weight).all()):
+                raise CompileError(
+                    "pass-refused", "the weights hold NaN or infinity", node=describe(layer.node), fix="check the checkpoint"
+                )
+        return layers
+
+    def _unit_masks(self, program: Program, groups: list[Group], layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+        """Which weights stay, shaped like them: all that reads a unit goes with it."""
+        scores = [self.score.units(group, layers, program.params) for group in groups]
+        gone = self.allocation.units(scores, [torch.from_numpy(g.costs) for g in groups], self.sparsity)
+        masks: dict[str, Tensor] = {}
+        for group, units in zip(groups, gone, strict=True):
+            for site in group.read:
+                layer = layers[site.param]
+                keep = ~torch.cat((units, torch.zeros(1, dtype=torch.bool)))[torch.from_numpy(site.units)]
+                masks[site.param] = masks.get(site.param, torch.ones_like(layer.weight, dtype=torch.bool)) & layer.along_inputs(keep).bool()
+        return masks
+
+    def _weight_masks(self, layers: Mapping[str, Layer]) -> dict[str, Tensor]:
+        """Which weights stay, shaped like them."""
+        n, m = self.pattern
+        scores = []
+        for layer in layers.values():
+            score = self.score.weights(layer).flatten(1)
+            if m and score.shape[1] % m:
+                message = f"{score.shape[1]} inputs do not divide into groups of {m}"
+                raise CompileError("prune-pattern", message, node=describe(layer.node), fix="use another M, or leave it out by `modules`")
+            scores.append(score.reshape(-1, m) if m else score)
+        allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
+        gone = allocation.weights(scores, (m - n) / m if m else self.sparsity)  # type: ignore[arg-type]
+        return {name: ~g.reshape(layer.weight.shape) for (name, layer), g in zip(layers.items(), gone, strict=True)}
+
+
+def _write(edit: Editor, node: Node, weight: Tensor, lost: Tensor | None) -> None:
+    name = str(node.args[1].target).partition(".weight")[0]  # type: ignore[union-attr]
+    edit.swap(node, 1, weight, "*m")
+    if lost is None:
+        return
+    if len(node.args) > 2 and node.args[2] is not None:
+        bias = edit.params[str(node.args[2].target)]  # type: ignore[union-attr]
+        edit.swap(node, 2, bias + lost, "*m")
+        return
+    with edit.before(node):
+        new = edit.param(f"{name}.bias*m", lost)
+    node.args = (*node.args[:2], new, *node.args[3:])
