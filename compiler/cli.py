@@ -464,6 +464,8 @@ def explain(
     steps = explaining.explain(model, Plan.from_yaml(plan))
     title = f"{plan.stem} on {model}"
     _console().print(explaining.table(steps, title))
+    if chart := explaining.memory_chart(steps):
+        print(chart)
     if html is not None:
         explaining.write_html(html, steps, title)
     if as_json:

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planc.compiler.memory import plan_memory
 from planc.runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -37,10 +38,12 @@ class Step:
     matched: int | None = None
     rewritten: int | None = None
     notes: tuple[str, ...] = ()
+    peak: int | None = None  # bytes of activations at the worst moment, for one image; None for a model that reads text
+    live: tuple[tuple[str, int], ...] = ()  # node -> bytes that are live while it runs
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        return {**asdict(self), "notes": list(self.notes), "past": PAST}
+        return {**{k: v for k, v in asdict(self).items() if k != "live"}, "notes": list(self.notes), "past": PAST}
 
 
 def explain(model: str, plan: Plan) -> list[Step]:
@@ -50,7 +53,9 @@ def explain(model: str, plan: Plan) -> list[Step]:
 
 def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     """The program after each step, as `planc.compile` makes it; not probed."""
+    from planc.compiler import classify
     from planc.compiler.compile import calibration_blocks, demanded, text_ids
+    from planc.compiler.image_models import load_classifier
     from planc.compiler.models import load_model
     from planc.compiler.passbase import Context
     from planc.compiler.pipeline import ordered, run_passes
@@ -60,6 +65,13 @@ def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     from planc.compiler.trace import trace
 
     check_closed(plan)
+    if (classifier := load_classifier(model)) is not None:
+        program = classify.traced(classifier)
+        yield "trace", program
+        for part in ordered(classify.demanded(plan)):
+            program, _ = run_passes(program, [part], Context())
+            yield part.key, program
+        return
     passes = ordered(demanded(plan))
     loaded = load_model(model)
     info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
@@ -103,6 +115,7 @@ def measure(name: str, program: Program, *, changed: bool = False) -> Step:
     nodes = list(program.main.nodes)
     used = {str(node.target) for graph in program.graphs.values() for node in graph.nodes if node.op == "get_attr"}
     change = program.history[-1] if changed else None
+    memory = plan_memory(program) if program.info.task == "classification" else None
     return Step(
         name,
         len(nodes),
@@ -113,6 +126,8 @@ def measure(name: str, program: Program, *, changed: bool = False) -> Step:
         change.matched if change else None,
         change.rewritten if change else None,
         change.notes if change else (),
+        memory.peak if memory is not None else None,
+        memory.live if memory is not None else (),
     )
 
 
@@ -150,7 +165,7 @@ def _fixed(dimension: Any) -> int:
 
 # ---- for people --------------------------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("step", "nodes", "parameters", "MiB", "MFLOP/token", "rewritten", "notes")
+_COLUMNS = ("step", "nodes", "parameters", "MiB", "MFLOP", "peak MiB", "rewritten", "notes")
 
 
 def _cells(step: Step, before: Step | None) -> list[str]:
@@ -164,6 +179,7 @@ def _cells(step: Step, before: Step | None) -> list[str]:
         f"{step.parameters / 1e6:.2f} M",
         f"{step.bytes / 2**20:.1f}" + delta(step.bytes, before.bytes if before else None),
         f"{step.flops / 1e6:.1f}" + delta(step.flops, before.flops if before else None),
+        "" if step.peak is None else f"{step.peak / 2**20:.2f}" + delta(step.peak, before.peak if before else None),
         hits,
         "; ".join(step.notes),
     ]
@@ -180,10 +196,38 @@ def table(steps: list[Step], title: str) -> Any:
 
     shown = Table(title=title, title_justify="left")
     for index, name in enumerate(_COLUMNS):
-        shown.add_column(name, justify="right" if 0 < index < 6 else "left")
+        shown.add_column(name, justify="right" if 0 < index < 7 else "left")
     for row in _rows(steps):
         shown.add_row(*map(Text, row))
     return shown
+
+
+def memory_chart(steps: list[Step], width: int = 60) -> str:
+    """Live activations of the first and the last step, node by node, as lines of text; empty for a model that reads text."""
+    shown = [step for step in (steps[0], steps[-1]) if step.live]
+    most = max((step.peak or 0 for step in shown), default=0)
+    lines = []
+    for step in shown:
+        lines.append(f"memory after {step.name}: at most {(step.peak or 0) / 2**20:.2f} MiB")
+        count = -(-len(step.live) // 24)  # nodes of one line: as many as make two dozen lines
+        for start in range(0, len(step.live), count):
+            name, size = max(step.live[start : start + count], key=lambda entry: entry[1])
+            lines.append(f"  {name:<24.24} {'#' * round(width * size / max(1, most)):<{width}} {size / 2**20:.2f}")
+    return "\n".join(lines)
+
+
+def memory_svg(steps: list[Step]) -> str:
+    """The same as a picture, an area for each; empty for a model that reads text."""
+    shown = [step for step in (steps[0], steps[-1]) if step.live]
+    most, areas = max((step.peak or 0 for step in shown), default=1), []
+    for step, colour in zip(shown, ("#bbb", "#07c"), strict=False):
+        across, points = 800 / len(step.live), ["0,200"]
+        for i, (_, size) in enumerate(step.live):
+            height = 200 - 190 * size / most
+            points += [f"{i * across:.1f},{height:.1f}", f"{(i + 1) * across:.1f},{height:.1f}"]
+        label = markup.escape(f"{step.name}: at most {(step.peak or 0) / 2**20:.2f} MiB")
+        areas.append(f'<polygon points="{" ".join([*points, "800,200"])}" fill="{colour}" opacity="0.7"><title>{label}</title></polygon>')
+    return f'<svg viewBox="0 0 800 200" width="800" role="img">{"".join(areas)}</svg>' if areas else ""
 
 
 def write_html(path: Path, steps: list[Step], title: str) -> None:
@@ -196,8 +240,8 @@ def write_html(path: Path, steps: list[Step], title: str) -> None:
     )
     page = (
         f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{markup.escape(title)}</title>\n<style>{style}</style>\n'
-        f"<h1>{markup.escape(title)}</h1>\n<p>FLOPs are those of one token behind {PAST} cached ones.</p>\n"
-        f"<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
+        f"<h1>{markup.escape(title)}</h1>\n<p>FLOPs are those of one image, or of one token behind {PAST} cached ones.</p>\n"
+        f"{memory_svg(steps)}\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
     )
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

@@ -39,6 +39,7 @@ RUNTIME_LIBRARIES = {
     "typer",
     "rich",
     "array_api_compat",
+    "PIL",  # only where an image is read or resized, with an error that names the extra
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_tiny import close
@@ -81,7 +82,37 @@ def _rows_from(n: Draw) -> tuple[Any, ...]:
     return (torch.randn(n(1, 2), rows, n(1, 3)), torch.tensor([n(0, rows - 1)]))
 
 
+def _map(n: Draw) -> Tensor:
+    return torch.randn(n(1, 2), n(1, 3), n(4, 7), n(4, 7))
+
+
+def _pads(n: Draw) -> list[int]:
+    return [n(0, 1), n(0, 1), n(0, 1), n(0, 1)]
+
+
+def _conv2d(n: Draw) -> tuple[Any, ...]:
+    x, outputs = _map(n), n(1, 3)
+    weight, bias = torch.randn(outputs, x.shape[1], n(1, 2), n(1, 3)), torch.randn(outputs) if n(0, 1) else None
+    return (x, weight, bias, [n(1, 2), n(1, 3)], [n(0, 2), n(0, 3), n(0, 2), n(0, 1)], [n(1, 2), 1], 1)
+
+
+def _max_pool2d(n: Draw) -> tuple[Any, ...]:
+    return (_map(n), [n(2, 3), 2], [n(1, 2), n(1, 3)], _pads(n), [1, n(1, 2)])
+
+
+def _avg_pool2d(n: Draw) -> tuple[Any, ...]:
+    return (_map(n), [n(2, 3), 2], [n(1, 2), n(1, 3)], _pads(n), bool(n(0, 1)))
+
+
+def _upsample2d(n: Draw) -> tuple[Any, ...]:
+    return (_map(n), [n(1, 3), n(1, 3)])
+
+
 INPUTS = {
+    "conv2d": _conv2d,
+    "max_pool2d": _max_pool2d,
+    "avg_pool2d": _avg_pool2d,
+    "upsample2d": _upsample2d,
     "attention": _attention,
     "cached_attention": _cached_attention,
     "rms_norm": _rms_norm,
@@ -217,3 +248,21 @@ def test_int8_of_one_column(rows: int) -> None:
     x = torch.tensor([[2.0], [0.0], [-3.0]])[:rows]
     out = OPS.linear_int8.default(x, weight, torch.ones(3), None)
     torch.testing.assert_close(out, x @ weight.t().float())
+
+
+def test_images_mean_what_torch_says() -> None:
+    torch.manual_seed(2)
+    x, weight = torch.randn(2, 4, 7, 6), torch.randn(6, 2, 3, 3)
+    want = F.conv2d(F.pad(x, (0, 2, 1, 3)), weight, None, (2, 1), 0, (1, 2), 2)
+    assert torch.equal(OPS.conv2d.default(x, weight, None, [2, 1], [1, 0, 3, 2], [1, 2], 2), want)
+    assert torch.equal(OPS.max_pool2d.default(x, [3, 3], [2, 2], [1, 1, 1, 1], [1, 1]), F.max_pool2d(x, 3, 2, 1))
+    for counted in (False, True):
+        have = OPS.avg_pool2d.default(x, [3, 3], [2, 2], [1, 1, 1, 1], counted)
+        close(have, F.avg_pool2d(x, 3, 2, 1, count_include_pad=counted))
+    assert torch.equal(OPS.upsample2d.default(x, [3, 2]), F.interpolate(x, scale_factor=(3.0, 2.0), mode="nearest"))
+
+
+def test_a_window_in_the_padding_alone_sees_nothing_of_the_image() -> None:
+    x, weight, bias = torch.randn(1, 1, 1, 5), torch.ones(1, 1, 2, 1), torch.tensor([0.5])
+    assert torch.equal(OPS.conv2d.default(x, weight, bias, [1, 1], [3, 0, -2, 0], [1, 1], 1), torch.full((1, 1, 1, 5), 0.5))
+    assert torch.equal(OPS.conv2d.default(x, weight, bias, [1, 1], [-2, 0, 3, 0], [1, 1], 1), torch.full((1, 1, 1, 5), 0.5))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import onnxruntime as ort
@@ -25,6 +25,15 @@ from planc.compiler.program import Program
 from planc.compiler.verify import verify
 from planc.passes.patchwise import Patchwise, Unroll
 from planc.runtime.errors import CompileError
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Handing maps of a few values to other threads takes longer than computing them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 class Eager(Unroll[Tensor]):
