@@ -203,11 +203,12 @@ def _select(b: Builder, n: Node) -> str:
 @lowers(aten.index_select.default)
 def _index_select(b: Builder, n: Node) -> str:
     x, axis, index = n.args
-    shape = n.meta["val"].shape
-    if axis % len(shape) != len(shape) - 1:
+    last = n.meta["val"].dim() - 1
+    if axis % (last + 1) != last:
         return b.op("Gather", x, index, axis=axis)
     # along the last axis Gather would copy number by number, which takes four times as long
-    everywhere = b.op("Expand", index, b.op("Concat", *(b.size(s) for s in shape), axis=0))
+    others = b.op("Shape", x, start=0, end=last)  # some of these sizes, such as the rows of logits, are known only when it runs
+    everywhere = b.op("Expand", index, b.op("Concat", others, b.op("Shape", index), axis=0))
     return b.op("GatherElements", x, everywhere, axis=axis)
 
 
