@@ -16,8 +16,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from planc.compiler.block_formats import round_blocks
+from planc.compiler.codebooks import lookup
 from planc.compiler.dialect import ACTIVATIONS, OPS, quantize_rows, unpack_blocks
+from planc.compiler.weight_forms import int_blocks
+from planc.runtime import entropy
 
 Draw = Callable[[int, int], int]
 
@@ -72,6 +74,19 @@ def _linear_blocks(n: Draw) -> tuple[Any, ...]:
     return (torch.randn(n(1, 2), n(1, 3), blocks * block), packed, torch.rand(outputs, blocks), zeros, bias, bits, block)
 
 
+def _linear_lookup(n: Draw) -> tuple[Any, ...]:
+    bits, block = n(2, 4), (16, 32)[n(0, 1)]
+    inputs, outputs = n(1, 3) * block, n(1, 5)
+    form = lookup(torch.randn(outputs, inputs), bits, block)
+    return (torch.randn(n(1, 2), n(1, 3), inputs), *form.arguments(), torch.randn(outputs) if n(0, 1) else None, bits, block)
+
+
+def _decode_bf16(n: Draw) -> tuple[Any, ...]:
+    rows, columns = n(1, 4), n(1, 9)
+    words = torch.randn(rows, columns).bfloat16().view(torch.int16).numpy().view("uint16")
+    return (torch.from_numpy(entropy.encode(words).copy()), rows, columns)
+
+
 def _embedding_int8(n: Draw) -> tuple[Any, ...]:
     rows = n(1, 9)
     return (torch.randint(-127, 128, (rows, n(1, 5)), dtype=torch.int8), torch.rand(rows), torch.randint(0, rows, (n(1, 3), n(1, 4))))
@@ -121,7 +136,9 @@ INPUTS = {
     "glu": _glu,
     "linear_int8": _linear_int8,
     "linear_blocks": _linear_blocks,
+    "linear_lookup": _linear_lookup,
     "embedding_int8": _embedding_int8,
+    "decode_bf16": _decode_bf16,
     "rows_from": _rows_from,
 }
 
@@ -231,7 +248,8 @@ def test_quantised_rows() -> None:
 def test_rounded_blocks(bits: int, block: int, blocks: int, outputs: int, size: float, seed: int) -> None:
     weight = torch.randn(outputs, blocks * block, generator=torch.Generator().manual_seed(seed)) * size
     weight[0] = 0.0
-    packed, scales, zeros = round_blocks(weight, bits, block)
+    packed, scales, zeros = int_blocks(weight, bits, block).parts.values()
+    assert packed is not None and scales is not None
     assert packed.shape == (outputs, blocks, block * bits // 8) and packed.dtype == torch.uint8 and zeros is None
     error = (unpack_blocks(packed, scales, zeros, bits, block, blocks * block) - weight).abs().reshape(outputs, blocks, block)
     # half a step, but a whole one at the end of the range that has one step less
