@@ -84,7 +84,7 @@ class LayerParallel(Pass):
         layers = list(_layers(program))
         if self.groups:
             return [self._named(group, layers) for group in self.groups]
-        middle = layers[self.first : len(layers) - self.last]
+        middle = layers[self.first : max(0, len(layers) - self.last)]
         runs = [list(run) for form, run in groupby(middle, key=lambda layer: layer.form) if form is not None]
         groups = [run[i : i + self.n] for run in runs for i in range(0, len(run), self.n)]
         groups = [group for group in groups if len(group) > 1]
@@ -213,7 +213,8 @@ def _projection(layer: _Layer, role: int) -> _Projection:
     view = node
     linear, rows = _slice(view.args[0]) if view.target in _VIEWS else (view, slice(None))
     fits = linear.target is aten.linear.default and linear.args[0].target in _NORMS and layer.readers == (linear.args[0],)
-    if not fits:
+    parameters = (*linear.args[1:], *linear.args[0].args[slice(*_NORMS[linear.args[0].target])]) if fits else ()
+    if not fits or not all(isinstance(node, Node) and node.op == "get_attr" for node in parameters):
         raise CompileError(
             "pass-refused",
             f"attention {layer.index} cannot be joined with others: {'qkv'[role]} is not a product of the layer's norm alone",

@@ -117,6 +117,7 @@ def test_refuses() -> None:
         (raised("gpt_neox"), LayerParallel(), "pass-refused", "parallel as they are"),
         (raised("gemma2"), LayerParallel(first=0, last=0), "pass-refused", "attend alike"),
         (raised("llama"), LayerParallel(), "pass-refused", "0 layers between"),
+        (llama, LayerParallel(last=7), "pass-refused", "0 layers between"),
         (gemma, LayerParallel(groups=((3, 4),)), "pass-refused", "layer 4 does not attend like layer 3"),
         (llama, LayerParallel(groups=((1, 3),)), "pass-refused", "neighbouring"),
         (llama, LayerParallel(groups=((2,),)), "pass-refused", "two or more"),
