@@ -346,7 +346,7 @@ def test_property(name: str, parts: dict[str, Any], granularity: str, sparsity: 
     try:
         masked = part.apply(program, context)
     except CompileError as refused:
-        assume(refused.code != "prune-budget")
+        assume(refused.code not in ("prune-budget", "prune-frozen"))  # too much, or a single head
         raise
     assert part.apply(masked, context) is masked
     small, ids = Realise().apply(masked, context), token_ids(1, 5, seed=seed)
