@@ -29,6 +29,7 @@ from planc.compiler.joint import learned
 from planc.compiler.low_rank import LowRank, decompose
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe
+from planc.compiler.rounding import second_moments
 from planc.compiler.weight_forms import Format, Stored, blocks, int8_rows, store, tabled
 from planc.runtime.errors import CompileError
 
@@ -190,12 +191,12 @@ class QuantizeWeights(Pass):
             yield part
 
     def _grams(self, program: Program, products: Iterable[_Product], context: Context) -> dict[Any, Tensor]:
-        """Gram matrix of every input that is needed, by node, as a mean over rows."""
+        """E[x^T x] of every input that is needed, by node."""
         wanted = {p.node.args[0]: {Gram32} for p in products if self._calibrated(p)}
         if not wanted:
             return {}
         found = collect(program, wanted, calibration_text(context, self.key), context.progress)
-        return {x: found[x, Gram32].value / found[x, Gram32].count for x in wanted}
+        return {x: second_moments(found[x, Gram32]) for x in wanted}
 
     # ---- one matrix
 

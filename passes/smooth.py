@@ -27,7 +27,7 @@ aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class _Site:
+class Site:
     """Products that read one value, and the parameters that scale its channels."""
 
     x: Node
@@ -35,6 +35,19 @@ class _Site:
     rows: tuple[tuple[Node, int], ...]  # (node, argument) of parameters whose first axis runs over the channels
     heads: tuple[int, int, int] | None = None  # (kv heads, queries per kv head, width) where channels are tied across heads
     offset: int = 0  # first row of the value product inside a joined weight
+
+    def shared(self, channels: Tensor) -> Tensor:
+        """The largest of the channels that must share a scale: query heads of a group share the value channels."""
+        if self.heads is None:
+            return channels
+        return channels.reshape(self.heads).amax(1).reshape(-1)
+
+    def spread(self, scale: Tensor) -> Tensor:
+        """The scale of every input channel of the products."""
+        if self.heads is None:
+            return scale
+        groups, queries, width = self.heads
+        return scale.reshape(groups, 1, width).expand(groups, queries, width).reshape(-1)
 
 
 class Smooth(Pass):
@@ -56,31 +69,31 @@ class Smooth(Pass):
         if any(c.pass_name == self.key for c in program.history):
             return program
         ids = calibration_text(context, self.key)
-        sites = [s for s in map(_site, _inputs(program)) if s is not None]
+        sites = find_sites(program)
         statistics = collect(program, {s.x: {Moments} for s in sites}, ids, context.progress)
         edit = program.edit(self.key)
         for site in sites:
-            self._fold(edit, site, statistics[site.x, Moments].mean_square)
+            weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]
+            columns = sum(w.double().pow(2).sum(0) for w in weights).sqrt()
+            rms, columns = (site.shared(v) for v in (statistics[site.x, Moments].mean_square.sqrt(), columns))
+            scale = rms.clamp(min=1e-6) ** self.alpha / columns.clamp(min=1e-6) ** (1 - self.alpha)
+            fold(edit, site, (scale / scale.log().mean().exp()).clamp(1e-3, 1e3).float())
         return edit.done(len(_inputs(program)), len(sites))
 
-    def _fold(self, edit: Editor, site: _Site, square: Tensor) -> None:
-        weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]
-        columns = sum(w.double().pow(2).sum(0) for w in weights).sqrt()
-        rms = square.double().sqrt()
-        if site.heads:  # query heads of a group share the value channels
-            groups, queries, width = site.heads
-            rms, columns = (v.reshape(groups, queries, width).amax(1).reshape(-1) for v in (rms, columns))
-        scale = rms.clamp(min=1e-6) ** self.alpha / columns.clamp(min=1e-6) ** (1 - self.alpha)
-        scale = (scale / scale.log().mean().exp()).clamp(1e-3, 1e3).float()
-        spread = scale
-        if site.heads:
-            spread = scale.reshape(groups, 1, width).expand(groups, queries, width).reshape(-1)
-        for product in site.products:
-            weight = edit.params[str(edit[product].args[1].target)]
-            edit.swap(edit[product], 1, weight * spread, "*s")
-        for owner, index in site.rows:
-            parameter = edit.params[str(edit[owner].args[index].target)]
-            edit.swap(edit[owner], index, _divide(parameter, scale, site.offset), "/s")
+
+def find_sites(program: Program) -> list[Site]:
+    """Where scales can be folded: the inputs of dense products that a norm, a gated product or an attention makes."""
+    return [s for s in map(_site, _inputs(program)) if s is not None]
+
+
+def fold(edit: Editor, site: Site, scale: Tensor) -> None:
+    """Multiply the columns of a site's products by `scale` and divide what makes their channels; `scale` as `Site.shared` gives it."""
+    for product in site.products:
+        weight = edit.params[str(edit[product].args[1].target)]
+        edit.swap(edit[product], 1, weight * site.spread(scale), "*s")
+    for owner, index in site.rows:
+        parameter = edit.params[str(edit[owner].args[index].target)]
+        edit.swap(edit[owner], index, _divide(parameter, scale, site.offset), "/s")
 
 
 def _divide(parameter: Tensor, scale: Tensor, offset: int) -> Tensor:
@@ -95,7 +108,7 @@ def _inputs(program: Program) -> list[Node]:
     return list(dict.fromkeys(n.args[0] for n in program.main.nodes if n.target is aten.linear.default))
 
 
-def _site(x: Node) -> _Site | None:
+def _site(x: Node) -> Site | None:
     users = list(x.users)
     products = tuple(u for u in users if u.target is aten.linear.default and u.args[0] is x)
     if len(products) != len(users):
@@ -115,7 +128,7 @@ def _site(x: Node) -> _Site | None:
     return None
 
 
-def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int, int, int] | None = None) -> _Site | None:
+def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int, int, int] | None = None) -> Site | None:
     """The site whose channels come from a product, whole or as one part of a joined one."""
     if len(source.users) != 1:
         return None
@@ -137,8 +150,8 @@ def _produced(x: Node, products: tuple[Node, ...], source: Any, heads: tuple[int
 
 def _sited(
     x: Node, products: tuple[Node, ...], owner: Node, first: int, heads: tuple[int, int, int] | None = None, offset: int = 0
-) -> _Site | None:
+) -> Site | None:
     """The site whose channels are scaled by the parameters of `owner` from argument `first` on; None when another node reads them too."""
     rows = tuple((owner, first + i) for i, a in enumerate(owner.args[first : first + 2]) if isinstance(a, Node))
     free = rows and all(len(owner.args[i].users) == 1 for _, i in rows)
-    return _Site(x, products, rows, heads, offset) if free else None
+    return Site(x, products, rows, heads, offset) if free else None
