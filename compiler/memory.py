@@ -243,7 +243,10 @@ def ops_of(program: Program, allocation: Allocation) -> list[Op]:
         if node.op == "output":
             ops.append(Op("output", _reads(node), 0))
         elif node.op == "placeholder" or (node.op == "call_function" and _tensors(node)):
-            ops.append(Op(node.name, _reads(node), _bytes(node, allocation.element_bytes), kind_of(node), _channel(node, allocation)))
+            held: Any = node.args[0] if _is_half_a_crop(node) else node  # as long as a range is read, all of its source is kept
+            while _is_half_a_crop(held):
+                held = held.args[0]
+            ops.append(Op(node.name, _reads(node), _bytes(held, allocation.element_bytes), kind_of(node), _channel(node, allocation)))
     return ops
 
 
@@ -259,7 +262,7 @@ def kind_of(node: Node) -> Kind:
         return "input"
     if node.target in _VIEWS or _is_half_a_crop(node):
         return "view"
-    if node.target is aten.cat.default and all(_reads_value(n) for n in node.args[0]):  # type: ignore[union-attr]
+    if node.target is aten.cat.default and all(_reads_value(n) for n in node.args[0]) and len(set(node.args[0])) == len(node.args[0]):  # type: ignore[arg-type,union-attr]
         return "concat"
     if node.target in POINTWISE:
         shapes = {tuple(map(str, n.meta["val"].shape)) for n in node.all_input_nodes if _reads_value(n)}
@@ -329,12 +332,13 @@ class _Memory:
         self.values: dict[str, Any] = {}
         self.whole: dict[str, Tensor] = {}  # results of concatenations, from their first operand on
         self.inputs: set[int] = set()
+        self.ranges: set[str] = set()  # values that are a part of another
         self.element_bytes = element_bytes
 
     def storages(self) -> dict[int, Any]:
         found = {}
         for value in (*self.values.values(), *self.whole.values()):
-            for tensor in value if isinstance(value, list | tuple) else [value]:
+            for tensor in _each(value):
                 storage = tensor.untyped_storage()
                 if id_of(storage) not in self.inputs:
                     found[id_of(storage)] = (storage, tensor.element_size())
@@ -347,14 +351,22 @@ class _Memory:
     def shrink(self) -> None:
         """Give back what lies behind the last value in every storage."""
         needed: dict[int, int] = {}
-        for value in (*self.values.values(), *self.whole.values()):
-            for t in value if isinstance(value, list | tuple) else [value]:
+        for name, value in (*self.values.items(), *self.whole.items()):
+            for t in _each(value):
+                if name in self.ranges:
+                    needed[id_of(t.untyped_storage())] = t.untyped_storage().nbytes()
+                    continue
                 end = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
                 key = id_of(t.untyped_storage())
                 needed[key] = max(needed.get(key, 0), end * t.element_size())
         for key, (storage, _) in self.storages().items():
             if needed[key] < storage.nbytes():
                 storage.resize_(needed[key])
+
+
+def _each(value: Any) -> Iterable[Tensor]:
+    """The tensors of a value; a size is none."""
+    return [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
 
 
 def id_of(storage: Any) -> int:
@@ -383,6 +395,8 @@ def run_counted(
             if node.op == "output":
                 live.append((node.name, memory.live()))
                 return {name: read(value) for name, value in node.args[0].items()}, MemoryPlan(tuple(live))  # type: ignore[union-attr]
+            if _is_half_a_crop(node):
+                memory.ranges.add(node.name)
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), read)
             memory.values[node.name] = _settle(node, node.target(*args, **kwargs), home, memory, nodes)  # type: ignore[operator]
             if _tensors(node):
@@ -400,6 +414,10 @@ def _settle(node: Node, made: Any, home: Mapping[str, str], memory: _Memory, nod
     if not isinstance(made, Tensor) or kind_of(node) == "view":
         return made
     if kind_of(node) == "concat" and node.name in memory.whole:
+        operands: Any = node.args[0]
+        for operand in operands:
+            if home.get(operand.name) != node.name:
+                _part(node, operand, memory.whole[node.name]).copy_(memory.values[operand.name])
         whole = memory.whole.pop(node.name)
         assert torch.equal(whole, made) or bool(made.isnan().any()), f"{node.name} was not written to its place"
         return whole
@@ -420,12 +438,17 @@ def _slot(node: Node, where: str, home: Mapping[str, str], memory: _Memory, node
     concat, operand = nodes[where], node
     while operand not in concat.args[0]:  # type: ignore[operator]
         [operand] = operand.users  # an activation function between the two
-    dim = int(concat.args[1]) if len(concat.args) > 1 else 0  # type: ignore[arg-type]
     if where not in memory.whole:
         shape = [s if isinstance(s, int) else made.shape[i] for i, s in enumerate(concat.meta["val"].shape)]
         outer = home.get(where)
         new: Callable[[], Tensor] = lambda: made.new_full(shape, torch.nan if made.is_floating_point() else 0)  # noqa: E731
         memory.whole[where] = new() if outer is None else _slot(concat, outer, home, memory, nodes, made)
+    return _part(concat, operand, memory.whole[where])
+
+
+def _part(concat: Node, operand: Node, whole: Tensor) -> Tensor:
+    """Where an operand lies in the result."""
+    dim = int(concat.args[1]) if len(concat.args) > 1 else 0  # type: ignore[arg-type]
     sizes = [int(n.meta["val"].shape[dim]) for n in concat.args[0]]  # type: ignore[union-attr]
     at = list(concat.args[0]).index(operand)  # type: ignore[arg-type]
-    return memory.whole[where].narrow(dim, sum(sizes[:at]), sizes[at])
+    return whole.narrow(dim, sum(sizes[:at]), sizes[at])

@@ -221,12 +221,12 @@ class Schedule:
     @property
     def overhead(self) -> float:
         """Share of the network's multiplications that is added."""
-        return self.extra_macs / self.network
+        return self.extra_macs / max(1, self.network)
 
     @property
     def stage_overhead(self) -> float:
         """Share of the stage's multiplications that is added."""
-        return self.extra_macs / self.stage_macs
+        return self.extra_macs / max(1, self.stage_macs)
 
     def line(self) -> str:
         """For people."""
@@ -305,12 +305,14 @@ class Search:
         channels, (rows, columns) = int(stage.cut.meta["val"].shape[1]), stage.size
         width = self.allocation.element_bytes or stage.cut.meta["val"].element_size()
         peak = 0
-        for (row, _), (column, _) in product(*(self.halves(stage, axis, grid[axis]).values() for axis in range(2))):
-            count = _Count(self.allocation.element_bytes)
-            count.ops += [Op("image", (), 0, "input"), Op("first", (), 0)]  # with the first part in its place the cut's memory is taken
-            last = one_part(stage, "image", Cell(row, column), count)
-            whole = Op("stage", ("first", last), channels * rows * columns * width, "concat")
-            peak = max(peak, plan_ops([*count.ops, whole, Op("end", ("stage",), 0)], self.allocation).peak)
+        for i, ((row, down), (column, across)) in enumerate(product(*(self.halves(stage, axis, grid[axis]).values() for axis in range(2)))):
+            # the cut's memory is taken once the first part is done; whoever is not the first works beside it
+            for held in [False] * (i == 0) + [True] * (i > 0 or down * across > 1):
+                count = _Count(self.allocation.element_bytes)
+                count.ops += [Op("image", (), 0, "input"), *([Op("first", (), 0)] if held else [])]
+                last = one_part(stage, "image", Cell(row, column), count)
+                whole = Op("stage", ("first", last) if held else (last,), channels * rows * columns * width, "concat")
+                peak = max(peak, plan_ops([*count.ops, whole, Op("end", ("stage",), 0)], self.allocation).peak)
         full = sum(macs(node) for node in stage.nodes)
         return Schedule(stage, grid, peak, self.tail(stage), full, self.extra_macs(stage, grid), self.network)
 
@@ -332,7 +334,7 @@ class Search:
 
     def smallest(self, stages: Sequence[Stage], grids: Sequence[Interval], overhead: float) -> Schedule | None:
         """Of the schedules that add at most `overhead` (a share of the network) multiplications, the one with the lowest peak."""
-        pairs = [(s, g) for s, g in _pairs(stages, grids) if self.extra_macs(s, g) <= overhead * self.network]
+        pairs = [(s, g) for s, g in _pairs(stages, grids) if self.extra_macs(s, g) <= overhead * max(1, self.network)]
         best: Schedule | None = None
         for stage, grid in sorted(pairs, key=lambda pair: (self.tail(pair[0]), self.extra_macs(*pair))):
             if best is not None and self.tail(stage) >= best.peak:
