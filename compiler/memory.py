@@ -354,7 +354,7 @@ class _Memory:
         for name, value in (*self.values.items(), *self.whole.items()):
             for t in _each(value):
                 if name in self.ranges:
-                    needed[id_of(t.untyped_storage())] = t.untyped_storage().nbytes()
+                    needed[id_of(t.untyped_storage())] = int(t.untyped_storage().nbytes())
                     continue
                 end = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
                 key = id_of(t.untyped_storage())
