@@ -358,7 +358,7 @@ class _Memory:
                     continue
                 end = t.storage_offset() + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) + 1
                 key = id_of(t.untyped_storage())
-                needed[key] = max(needed.get(key, 0), end * t.element_size())
+                needed[key] = max(needed.get(key, 0), int(end) * t.element_size())
         for key, (storage, _) in self.storages().items():
             if needed[key] < storage.nbytes():
                 storage.resize_(needed[key])
