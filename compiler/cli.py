@@ -14,11 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from planc.runtime.errors import InputError, PlancError
-from planc.runtime.vision import Classifier
 
 if TYPE_CHECKING:
     from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
+    from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -94,6 +94,7 @@ def run(
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
     from planc._load import text_only
     from planc.compiler.store import open_any
+    from planc.runtime.vision import Classifier
 
     opened, stored = open_any(plan, model)
     if isinstance(opened, Classifier):

@@ -60,7 +60,7 @@ def executable(speculative: bool = True) -> Executable:
 @pytest.fixture
 def exe(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Executable:
     made = executable()
-    monkeypatch.setattr(store, "open_plan", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
+    monkeypatch.setattr(store, "open_any", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
     return made
 
 
@@ -98,7 +98,7 @@ def test_run_says_that_tested_draws_give_another_sample(monkeypatch: pytest.Monk
     assert made.decode.speculative is not None
     tested = made.decode.speculative.model_copy(update={"acceptance": "recursive"})
     made.decode = made.decode.model_copy(update={"speculative": tested})
-    monkeypatch.setattr(store, "open_plan", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
+    monkeypatch.setattr(store, "open_any", lambda plan, model: (made, Stored(tmp_path, 1.5, False)))
     for arguments, exactness in (((), "bitwise"), (("--temperature", "1"), "distribution")):
         result = planc_command("run", "plan.yaml", "w1 w2 w3", "--json", *arguments)
         assert json.loads(result.stdout.splitlines()[-1])["exactness"] == exactness
@@ -114,7 +114,7 @@ def test_run_without_comparison(exe: Executable, monkeypatch: pytest.MonkeyPatch
 
 
 def test_run_of_a_plain_plan_has_nothing_to_compare(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(store, "open_plan", lambda plan, model: (executable(False), Stored(tmp_path, None, True)))
+    monkeypatch.setattr(store, "open_any", lambda plan, model: (executable(False), Stored(tmp_path, None, True)))
     result = planc_command("run", "plan.yaml", "w1", "--json")
     assert json.loads(result.stdout.splitlines()[-1])["ratio"] is None
 
@@ -171,7 +171,7 @@ def test_an_error_of_the_user_is_a_message_and_status_2(monkeypatch: pytest.Monk
     def refuse(plan: Path, model: str) -> None:
         raise ModelError("model-not-found", f"no model {model!r}", fix="use a name")
 
-    monkeypatch.setattr(store, "open_plan", refuse)
+    monkeypatch.setattr(store, "open_any", refuse)
     result = planc_command("run", "plan.yaml", "hello", "--model", "nope")
     assert result.exit_code == 2
     assert "ModelError[model-not-found]: no model 'nope'" in result.stderr
@@ -190,7 +190,7 @@ def test_a_failure_of_ours_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) 
     def fail(plan: Path, model: str) -> None:
         raise ZeroDivisionError("ours")
 
-    monkeypatch.setattr(store, "open_plan", fail)
+    monkeypatch.setattr(store, "open_any", fail)
     result = planc_command("run", "plan.yaml", "hello")
     assert isinstance(result.exception, ZeroDivisionError)
 
@@ -219,7 +219,7 @@ def test_ctrl_c_is_status_130() -> None:
     def wait(plan, model):
         print("ready", flush=True)
         time.sleep(60)
-    store.open_plan = wait
+    store.open_any = wait
     cli.main()
     """
     env = {**os.environ, "PYTHONPATH": SOURCE}
@@ -444,6 +444,6 @@ def test_every_command_of_the_contract() -> None:
     import typer
 
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"run", "compile", "bench", "check", "schema", "models", "passes", "papers", "profile", "explain"}
+    assert set(commands) == {"run", "compile", "bench", "check", "schema", "models", "passes", "papers", "profile", "explain", "search"}
     for command in commands.values():
         assert command.help
