@@ -51,6 +51,7 @@ class Candidates:
         self.plan, self.original = plan, start.program
         self.drop = next((space for space in plan.search.space if isinstance(space, Drop)), None)
         self.choose = next((space for space in plan.search.space if isinstance(space, Choose)), None)
+        self._known_nonzeros: dict[int, tuple[Tensor, int]] = {}  # by identity; holds the tensor, so that the identity stays its own
         self._context = Context(calibration_blocks(start.text_ids))
         before, self._part = _split([p for p in demanded(plan) if p.stage <= Stage.NUMERICS], self.choose)
         self.base, _ = run_passes(start.program, before, self._context, note=note)
@@ -106,7 +107,13 @@ class Candidates:
 
     def counts(self, program: Program) -> dict[str, int]:
         """Parameters, nonzero parameters and bytes that a program's graph reads. A quantised weight counts as the weights that it stores."""
-        return _counts(program, {name: value.numel() for name, value in self.base.params.items()})
+        return _counts(program, {name: value.numel() for name, value in self.base.params.items()}, self._nonzeros)
+
+    def _nonzeros(self, value: Tensor) -> int:
+        """Nonzero elements; the programs of a search share their tensors, so each is counted once."""
+        if id(value) not in self._known_nonzeros:
+            self._known_nonzeros[id(value)] = (value, int(torch.count_nonzero(value)))
+        return self._known_nonzeros[id(value)][1]
 
     def _skip(self, point: Point) -> SkipLayers | None:
         lists: dict[str, list[int]] = {"layers": [], "attention": [], "mlp": []}
@@ -269,7 +276,7 @@ def _splice(base: Program, chosen: Mapping[str, _Level], rest: _Level) -> Progra
     return base.replace(graphs={**base.graphs, MAIN: graph}, params={name: value for name, value in params.items() if name in used})
 
 
-def _counts(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
+def _counts(program: Program, sizes: Mapping[str, int], nonzeros: Callable[[Tensor], int]) -> dict[str, int]:
     total = dict.fromkeys(_COUNTED, 0)
     for name in {str(node.target) for node in program.main.nodes if node.op == "get_attr"}:
         value = program.params[name]
@@ -278,7 +285,7 @@ def _counts(program: Program, sizes: Mapping[str, int]) -> dict[str, int]:
         if value.is_floating_point():
             scale = source in sizes  # of a quantised weight
             total["params"] += 0 if scale else value.numel()
-            total["nonzeros"] += 0 if scale else int(torch.count_nonzero(value))
+            total["nonzeros"] += 0 if scale else nonzeros(value)
         elif source in sizes:
             total["params"] += sizes[source]
             total["nonzeros"] += sizes[source]
