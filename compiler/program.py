@@ -240,10 +240,14 @@ def module_path(node: Node) -> str:
     return str(list(stack.values())[-1][0]) if stack else ""
 
 
+def module_paths(name: str) -> list[str]:
+    """Module paths behind a parameter's name: several when products were joined; what passes append (`*s`, `.int8`) is left out."""
+    return [part.partition(".weight")[0] for part in name.split("|")]
+
+
 def module_matches(name: str, pattern: str) -> bool:
-    """Whether a parameter (one of several joined by `|`, with marks of passes behind) belongs to a module that a pattern of the plan names."""
-    paths = [part.partition(".weight")[0] for part in name.split("|")]
-    return any(fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}") for path in paths)
+    """Whether a parameter belongs to a module that a pattern of the plan names."""
+    return any(fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}") for path in module_paths(name))
 
 
 def source_line(node: Node) -> str:

@@ -10,7 +10,6 @@ Paper     int8: per-row and per-token scales as in LLM.int8 and SmoothQuant; blo
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -28,7 +27,7 @@ from planc.compiler.dialect import OPS
 from planc.compiler.joint import learned
 from planc.compiler.low_rank import LowRank, decompose
 from planc.compiler.passbase import Context, Pass, Stage
-from planc.compiler.program import Editor, Program, describe
+from planc.compiler.program import Editor, Program, describe, module_matches, module_paths
 from planc.compiler.rounding import second_moments
 from planc.compiler.weight_forms import Format, Stored, blocks, int8_rows, store, tabled
 from planc.runtime.errors import CompileError
@@ -240,27 +239,18 @@ class QuantizeWeights(Pass):
     # ---- patterns
 
     def _format(self, name: str) -> Choice:
-        for path in _paths(name):
-            for pattern, form in self.modules.items():
-                if fnmatch.fnmatch(path, pattern) or fnmatch.fnmatch(path, f"*.{pattern}"):
-                    return form
-        return self.format
+        return next((form for pattern, form in self.modules.items() if module_matches(name, pattern)), self.format)
 
     def _check_patterns(self, program: Program) -> None:
-        paths = {path for name in program.params for path in _paths(name)}
+        paths = {path for name in program.params for path in module_paths(name)}
         for pattern in self.modules:
-            if not any(fnmatch.fnmatch(p, pattern) or fnmatch.fnmatch(p, f"*.{pattern}") for p in paths):
+            if not any(module_matches(name, pattern) for name in program.params):
                 raise CompileError(
                     "pass-no-match",
                     f"the pattern {pattern!r} matches no module",
                     where=f"pass {self.key}",
                     fix="module paths look like " + ", ".join(sorted(paths)[:3]),
                 )
-
-
-def _paths(name: str) -> list[str]:
-    """Module paths behind a parameter's name: several when products were joined; what passes append (`*s`, `.int8`) is left out."""
-    return [part.partition(".weight")[0] for part in name.split("|")]
 
 
 def _columns(gram: Tensor | None) -> Tensor | None:
