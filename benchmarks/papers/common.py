@@ -12,7 +12,9 @@ from planc.compiler.papers import ROOT
 from planc.runtime.contract import CostTable
 from planc.runtime.decode import Speculative, Tree
 from planc.runtime.drafters import DrafterPart
+from planc.runtime.engine import Floats
 from planc.runtime.executable import Executable, Generation
+from planc.runtime.trees import Draft
 
 MODEL = "smollm2-135m"
 MIXED = ROOT / "benchmarks/prompts/mixed.jsonl"
@@ -57,3 +59,18 @@ def per_pass(made: Sequence[Generation]) -> float:
     """Tokens per decoding pass over all answers; prompt passes and their tokens are not counted."""
     passes = sum(each.stats.passes for each in made)
     return round(sum(each.stats.tokens_per_pass * each.stats.passes for each in made) / max(1, passes), 4)
+
+
+class TableSource:
+    """A draft model for builders whose distribution depends on the last token alone: `table` [V,V] log-probabilities."""
+
+    def __init__(self, table: Floats) -> None:
+        self.table = table
+
+    def begin(self, tokens: Sequence[int]) -> Floats:
+        """[V] behind a text."""
+        return self.table[tokens[-1]]
+
+    def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
+        """[rows, V] behind these rows of a tree."""
+        return self.table[[draft.tokens[row] for row in rows]]

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from planc.compiler.bench import load_prompts
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
 from planc.runtime.acceptance import RULES, Target, walk
@@ -25,10 +24,9 @@ from planc.runtime.engine import Floats
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.sampling import Drawing, Sampler, probabilities
 from planc.runtime.trees import Draft, Rates
+from planc_paper_checks.common import MIXED, MODEL, TableSource, chats
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/12-dyspec.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"  # none of them was seen in training
 TOKENS = 64
 KEY = "draft_model"
 
@@ -37,7 +35,7 @@ KEY = "draft_model"
 def dyspec() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     exe, _ = open_plan(PLAN, MODEL)
-    prompts = [exe.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 16)]
+    prompts = chats(exe, MIXED, 16)  # the draft has seen none of them in training
     plain = [_generate(exe.plain(), ids) for ids in prompts]
     texts = [(ids, answer.ids) for ids, answer in zip(prompts, plain, strict=True)]
     yield _exact(exe, prompts[:6], plain)
@@ -82,19 +80,6 @@ WORDS, LEVELS, TRIALS = 4, 3, 20_000
 LIMIT = 103.44  # 0.999 quantile of chi-square with 63 degrees of freedom
 
 
-class _Toy:
-    """A draft whose distribution depends on the last token."""
-
-    def __init__(self, table: Floats) -> None:
-        self.table = table  # [WORDS, WORDS]
-
-    def begin(self, tokens: Sequence[int]) -> Floats:
-        return self.table[tokens[-1]]
-
-    def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
-        return self.table[[draft.tokens[row] for row in rows]]
-
-
 def _chi_square(builder: BuilderPart, seed: int) -> float:
     """Of the joint of three tokens, up to four siblings a place; what the walk did not decide is sampled plainly."""
     rng = np.random.default_rng(seed)
@@ -103,7 +88,7 @@ def _chi_square(builder: BuilderPart, seed: int) -> float:
     sampler = Sampler(sampling)
     for text in range(TRIALS):
         draft = Draft(0)
-        builder.grow(_Toy(q), Context(0, [0], 12, LEVELS, Drawing(sampling, text, 1, tested=True)), draft, KEY)
+        builder.grow(TableSource(q), Context(0, [0], 12, LEVELS, Drawing(sampling, text, 1, tested=True)), draft, KEY)
         tokens = walk(draft, RULES["recursive"].choices(draft, Target(p[draft.tokens], sampler, text, 1))).tokens
         while len(tokens) < LEVELS:
             tokens = [*tokens, sampler.choose(p[tokens[-1]], text, 90 + len(tokens))]

@@ -16,7 +16,6 @@ from planc.backends.onnx.artifact import signature
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.lower import lower
 from planc.backends.reference import probe
-from planc.compiler.bench import load_prompts
 from planc.compiler.blocks import ATTENTIONS
 from planc.compiler.compile import text_ids
 from planc.compiler.models import load_model
@@ -42,10 +41,9 @@ from planc.runtime.engine import Step
 from planc.runtime.executable import Executable
 from planc.runtime.loops import Stats, speculative
 from planc.runtime.trees import Draft
+from planc_paper_checks.common import MIXED, MODEL, chats
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/14-easyspec.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"
 CAPACITY, GUESSES, POSITIONS = 1024, 4, 500
 
 Ops = Literal["fast", "standard"]
@@ -87,7 +85,7 @@ class _Forms:
 def easyspec() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     base, _ = open_plan(PLAN, MODEL)
-    prompts = [base.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 4)]
+    prompts = chats(base, MIXED, 4)
     with tempfile.TemporaryDirectory() as folder:
         forms = _Forms(Path(folder))
         yield _identical(base, forms, prompts)

@@ -15,7 +15,6 @@ from zlib import crc32
 import numpy as np
 from numpy.typing import NDArray
 
-from planc.compiler.bench import load_prompts
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
 from planc.runtime.acceptance import RULES, Target, trials, walk
@@ -27,10 +26,9 @@ from planc.runtime.engine import Cache, Floats, Step
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.sampling import Drawing, Purpose, Sampler, arrivals, probabilities, uniforms
 from planc.runtime.trees import Draft, Proposal, pack
+from planc_paper_checks.common import MIXED, MODEL, TableSource, chats
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/21-rsd.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"  # none of them was seen in training
 KEY = "draft_model"
 SAMPLING = Sampling(temperature=1.0, seed=21)
 V = 8
@@ -46,7 +44,7 @@ def rsd() -> Iterator[Item]:
     yield _toy_exactness()
     yield _mistakes()
     exe, _ = open_plan(PLAN, MODEL)
-    prompts = [exe.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 20)]
+    prompts = chats(exe, MIXED, 20)  # the draft has seen none of them in training
     plain = [_generate(exe.plain(), ids, 100, seed=i) for i, ids in enumerate(prompts)]
     yield _acceptance(exe, list(zip(prompts, plain, strict=True)))
     yield _perplexity(exe, prompts, plain)
@@ -62,19 +60,6 @@ def _generate(exe: Executable, ids: Sequence[int], tokens: int, **options: Any) 
 # ---- 1. and 2. tables of eight words -------------------------------------------------------------------------------------------------
 
 
-class _Toy:
-    """A draft whose distribution depends on the last token."""
-
-    def __init__(self, table: Floats) -> None:
-        self.table = table  # [V, V]
-
-    def begin(self, tokens: Sequence[int]) -> Floats:
-        return self.table[tokens[-1]]
-
-    def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
-        return self.table[[draft.tokens[row] for row in rows]]
-
-
 def _tables(sharp: float, seed: int = 11) -> tuple[Floats, Floats]:
     """Log-probabilities [V, V] of target and draft by the last token."""
     rng = np.random.default_rng(seed)
@@ -88,7 +73,7 @@ def _chi_square(
     """Of the joint of two tokens. `change` makes a mistake in the draft; `rolled` judges every row by the logits of the row before it."""
     p, q = _tables(sharp)
     sampling = SAMPLING.model_copy(update={"seed": crc32(repr(builder).encode())})
-    sampler, counts, source = Sampler(sampling), np.zeros((V, V)), _Toy(q)
+    sampler, counts, source = Sampler(sampling), np.zeros((V, V)), TableSource(q)
     for text in range(texts):
         draft = Draft(0)
         builder.grow(source, Context(0, [0], 30, 2, Drawing(sampling, text, 1, tested=True)), draft, KEY)

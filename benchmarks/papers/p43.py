@@ -26,10 +26,9 @@ from planc.runtime.engine import Ints, Step
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.loops import Stats, speculative
 from planc.runtime.text import Text
+from planc_paper_checks.common import MIXED, MODEL, chats
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/43-swift.yaml"
-PROMPTS = ROOT / "benchmarks/prompts/mixed.jsonl"
 WINDOW = 40  # newest tokens of an answer on which sets are scored
 SETS = 240
 
@@ -98,7 +97,7 @@ class _Target:
 def swift() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     exe, _ = open_plan(PLAN, MODEL)
-    prompts = [exe.text.apply_chat([{"role": "user", "content": p.text}]) for p in load_prompts(str(PROMPTS), 10)]
+    prompts = chats(exe, MIXED, 10)
     target = _Target(exe, prompts)
     places = target.places()
     yield _identical(target)
@@ -180,7 +179,7 @@ def _decision(target: _Target, places: Sequence[_Place]) -> Item:
         best = _found(target, places, ratio, 60).best
         matches[str(ratio)] = round(target.match(best, places[1::2]), 4)
         gains[str(ratio)] = round(target.speed(matches[str(ratio)], best), 4)
-    text = target.exe.text.encode(" ".join(prompt.text for prompt in load_prompts(str(PROMPTS), 20)))
+    text = target.exe.text.encode(" ".join(prompt.text for prompt in load_prompts(str(MIXED), 20)))
     part, found = fit_skip(SelfSkip(), target.engine, text, target.exe.contract, lambda note: None)
     chosen = found["self_skip"]
     stops = (chosen["left_out"] == 0) == (not part.attention and not part.mlp) and (chosen["left_out"] > 0 or max(gains.values()) < 1.02)
