@@ -146,5 +146,6 @@ class ReferenceEngine:
             argmax=out["argmax"].numpy(),
             logits=out["logits"].numpy() if logits else None,
             top_ids=out["top_ids"].numpy() if top_k else None,
+            top_logits=out["top_logits"].numpy() if top_k else None,
             taps={name: out[name].numpy() for name in self.spec.taps},
         )

@@ -42,6 +42,7 @@ class Outputs:
     argmax: Ints | None = None  # [B, R'] lowest id on ties
     logits: Floats | None = None  # [B, R', V]
     top_ids: Ints | None = None  # [B, R', K] descending by logit
+    top_logits: Floats | None = None  # [B, R', K] of these
     taps: dict[str, Floats] = field(default_factory=dict)  # name -> [B, R', ...]
 
 
@@ -51,7 +52,7 @@ class EngineSpec:
 
     vocab_size: int
     max_length: int  # longest sequence that positions allow
-    top_k: int = 0  # width of `top_ids`, 0 when the graph has none
+    top_k: int = 0  # width of `top_ids` and `top_logits`, 0 when the graph has none
     trees: bool = True  # `Step.parents` accepted
     taps: tuple[str, ...] = ()
     ragged: bool = False  # rows beyond `Step.counts` are left out of the pass, so that sequences may bring different numbers of them

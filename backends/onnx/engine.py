@@ -23,6 +23,7 @@ from planc.runtime.rows import key_bias, positions_of
 
 Gates = NDArray[np.bool_]
 
+_ROWWISE = ("argmax", "logits", "top_ids", "top_logits")  # outputs that every row has, as `Outputs` names and orders them
 _TYPES = {
     "tensor(float)": np.float32,
     "tensor(float16)": np.float16,
@@ -156,7 +157,7 @@ class OnnxEngine:
         if len(parts) == 1:
             return parts[0]
         taps = {n: _stack([p.taps[n] for p in parts]) for n in self.spec.taps}
-        return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
+        return Outputs(**{name: _join(parts, name) for name in _ROWWISE}, taps=taps)
 
     def skipping(self) -> OnnxSkipEngine:
         """The same target with sublayers that can be left out; opened at the first call, where the artifact has the graph."""
@@ -185,7 +186,7 @@ class OnnxEngine:
     def _pack(self, cache: OnnxCache, which: Ints, step: Step, logits: bool, top_k: bool) -> Outputs:
         names = self._wanted(logits, top_k)
         out = self.lanes.run(cache.state, cache.packed, cache.buffers, which, cache.lengths[which], step, names)
-        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), {n: out[n] for n in self.spec.taps})
+        return self._outputs(out)
 
     def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None) -> Outputs:
         key = (self.session, part.start, part.stop, logits, top_k)
@@ -197,8 +198,7 @@ class OnnxEngine:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         out = {name: self._buffer(cache, binding, part.start, name, step) for name in self._wanted(logits, top_k)}
         self.session.run_with_iobinding(binding)
-        taps = {n: out[n] for n in self.spec.taps}
-        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), taps)
+        return self._outputs(out)
 
     def _feeds(self, lengths: Ints, step: Step, gates: Gates | None) -> Iterator[tuple[str, np.ndarray]]:
         for name in self.inputs:
@@ -216,8 +216,11 @@ class OnnxEngine:
             else:
                 yield name, np.ascontiguousarray(key_bias(lengths, step, self.biases[name]))
 
+    def _outputs(self, out: Mapping[str, np.ndarray]) -> Outputs:
+        return Outputs(**{name: out.get(name) for name in _ROWWISE}, taps={name: out[name] for name in self.spec.taps})
+
     def _wanted(self, logits: bool, top_k: bool) -> list[str]:
-        wanted = ["argmax"] + (["logits"] if logits else []) + (["top_ids"] if top_k else [])
+        wanted = ["argmax"] + (["logits"] if logits else []) + (["top_ids", "top_logits"] if top_k else [])
         return [n for n in (*wanted, *self.spec.taps) if n in self.outputs]
 
     def _buffer(self, cache: OnnxCache, binding: Any, sequence: int, name: str, step: Step) -> np.ndarray:

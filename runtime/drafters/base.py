@@ -54,6 +54,7 @@ class Verified:
     rows: list[int]  # rows that are now committed, ascending
     chosen: list[int]  # the token committed after each of `rows`
     top_ids: Ints | None = None  # [R, K] likeliest successors of every row, rejected ones too; a view
+    top_logits: Floats | None = None  # [R, K] of these; a view
     taps: dict[str, NDArray[Any]] = field(default_factory=dict)  # name -> [R, ...]; views
 
 

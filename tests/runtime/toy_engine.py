@@ -126,10 +126,13 @@ class ToyEngine:
             for r in range(first, run):
                 visible = cache.slots[b][:length] + [cache.slots[b][length + a] for a in paths[r]]
                 out[place, r - first] = self.logits(visible)
+        top_ids = np.argsort(-out, axis=-1, kind="stable")[..., : self.spec.top_k].astype(np.int64) if top_k else None
         outputs = Outputs(
             argmax=out.argmax(-1),
             logits=out if logits else None,
-            top_ids=np.argsort(-out, axis=-1, kind="stable")[..., : self.spec.top_k].astype(np.int64) if top_k else None,
+            top_ids=top_ids,
+            top_logits=None if top_ids is None else np.take_along_axis(out, top_ids, -1),
         )
-        self._handed_out = [array for array in (outputs.argmax, outputs.logits, outputs.top_ids) if array is not None]
+        handed = (outputs.argmax, outputs.logits, outputs.top_ids, outputs.top_logits)
+        self._handed_out = [array for array in handed if array is not None]
         return outputs
