@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from planc.compiler.program import MAIN, Program
 from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
-from planc.runtime.rows import key_bias, positions_of
+from planc.runtime.rows import key_bias, positions_of, states_of
 
 
 def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> Iterator[tuple[Node, Any]]:
@@ -64,6 +64,8 @@ def step_inputs(program: Program, lengths: Ints, step: Step) -> dict[str, Tensor
     for name in program.inputs:
         if name.startswith("bias"):
             feeds[name] = key_bias(lengths, step, window=int(name.partition(".")[2] or 0))
+        elif name == "states":
+            feeds[name] = states_of(step, int(program.inputs[name].meta["val"].shape[-1]))
     return {name: torch.from_numpy(np.ascontiguousarray(feeds[name])) for name in program.inputs if name in feeds}
 
 

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
-from planc.compiler.program import Block, Program
+from planc.compiler.dialect import LINEARS, OPS
+from planc.compiler.program import Block, Program, describe
 from planc.runtime.errors import CompileError
 
 ATTENTIONS = (OPS.attention.default, OPS.cached_attention.default)
@@ -47,6 +47,19 @@ def find_blocks(program: Program) -> tuple[Block, ...]:
             raise CompileError("raise-missing", "an attention is not inside a numbered layer", fix="put the layers into an nn.ModuleList")
         blocks.append(_block(path, members[path]))
     return tuple(blocks)
+
+
+def head_of(program: Program) -> Node:
+    """The dense product that makes the logits; only element-wise work may lie behind it.
+
+    Raises CompileError[raise-missing] where the logits come from something else.
+    """
+    node = program.outputs["logits"]
+    while node.target not in LINEARS:
+        if node.op != "call_function" or not node.all_input_nodes:
+            raise CompileError("raise-missing", "the logits do not come from a dense product", node=describe(node))
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _block(path: str, nodes: list[Node]) -> Block:

@@ -326,6 +326,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Settle what the section `search` of a plan leaves open, within a budget, and write the best plan."""
+    from planc.compiler import files
     from planc.compiler.plan import Plan
     from planc.compiler.search import run as searching
     from planc.runtime.profile import progress_bar
@@ -345,15 +346,50 @@ def search(
             note=lambda line: print(line, file=sys.stderr),
             progress=lambda done, total: show(100 * done // total, 100),
         )
-    files = [out if len(result.found) == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, len(result.found) + 1)]
-    for file, found in zip(files, result.found, strict=True):
-        searching.write(file, found.plan.to_yaml().encode())
+    written = [out if len(result.found) == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, len(result.found) + 1)]
+    for file, found in zip(written, result.found, strict=True):
+        files.write(file, found.plan.to_yaml().encode())
         print(f"{file}: {found.reached}, KL {found.kl:.4g} (the best random start: {found.start_kl:.4g})")
     if png is not None:
-        searching.write(png, searching.picture_of(result, f"{plan.stem} on {model}"))
+        files.write(png, searching.picture_of(result, f"{plan.stem} on {model}"))
     if as_json:
-        plans = [{"file": str(file), **found.as_dict()} for file, found in zip(files, result.found, strict=True)]
+        plans = [{"file": str(file), **found.as_dict()} for file, found in zip(written, result.found, strict=True)]
         _print_json({"model": model, "plans": plans, "png": str(png) if png else None})
+
+
+@app.command()
+def fit(
+    plan: PlanArg,
+    prompts: Annotated[Path, typer.Option(help="file: JSON lines with `turns` or `prompt`, or a prompt a line", show_default=False)],
+    work: Annotated[Path, typer.Option(help="folder for texts and training; an interrupted run goes on from there", show_default=False)],
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write [default: the one that the plan names]")] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="tokens that the target writes to learn from")] = 150_000,
+    steps: Annotated[int, typer.Option(min=1, help="steps of training")] = 400,
+    rate: Annotated[float, typer.Option(min=0.0, help="highest learning rate")] = 1e-3,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    png: Annotated[Path | None, typer.Option(help="draw the loss here")] = None,
+    as_json: Json = False,
+) -> None:
+    """Train the draft head of a plan: the target writes text, and the head learns to guess it. Writes the file that the plan names."""
+    from planc.compiler import files
+    from planc.compiler.heads.fit import fit as fit_head
+    from planc.compiler.heads.texts import read_prompts
+    from planc.compiler.heads.train import Options
+    from planc.compiler.plan import Plan
+    from planc.runtime.profile import titled_bar
+
+    with titled_bar() as show:
+        options = Options(steps=steps, rate=rate, seed=seed)
+        made = fit_head(model, Plan.from_yaml(plan), read_prompts(prompts), work, out=out, tokens=tokens, options=options, progress=show)
+    if png is not None:
+        files.write(png, made.picture(f"{plan.stem} on {model}"))
+    guesses = ", ".join(f"{share:.1%}" for share in made.after.agreement)
+    print(
+        f"{made.file}: {made.steps} steps on {made.tokens} tokens; held out, the first choice is the target's in {guesses} (1st, 2nd .. guess)"
+    )
+    if as_json:
+        _print_json({"model": model, **made.as_dict()})
 
 
 @app.command()

@@ -31,8 +31,10 @@ from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
 from planc.passes.kv_cache import KvCache
 from planc.passes.logits_rows import LogitsRows
+from planc.passes.tap import Tap
 from planc.passes.top_k import TopK
 from planc.runtime.contract import Contract, PassEffect, hardware
+from planc.runtime.drafters import DraftHead
 from planc.runtime.errors import PlanError
 from planc.runtime.executable import Executable
 from planc.runtime.registry import parts
@@ -168,8 +170,10 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
     if "kv_cache" not in have:
         passes.append(KvCache(trees=trees))
     passes = [p.model_copy(update={"trees": trees}) if isinstance(p, KvCache) and p.trees == "auto" else p for p in passes]
-    passes += [LogitsRows(), Argmax()]
     speculative = plan.decode.speculative
+    if speculative is not None and any(isinstance(part, DraftHead) for part in speculative.drafter):
+        passes.append(Tap(final=True))
+    passes += [LogitsRows(), Argmax()]
     width = max((d.needs_top_k for d in speculative.drafter), default=0) if speculative else 0
     if width and "top_k" not in have:
         passes.append(TopK(k=width))

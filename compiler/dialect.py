@@ -21,16 +21,20 @@ MASKED = torch.finfo(torch.float32).min
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+#: each operation's reference in plain torch, which can be differentiated
+REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define `planc::name` from its reference. Registered below autograd (planc never differentiates), which keeps a call cheap."""
+    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap; who differentiates calls `REFERENCES`."""
 
     def register(reference: Callable[..., Any]) -> Any:
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.planc, name)
+        packet = getattr(torch.ops.planc, name)
+        REFERENCES[packet.default] = reference
+        return packet
 
     return register
 

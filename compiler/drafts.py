@@ -1,4 +1,4 @@
-"""What drafters need in the artifact: a draft model in a folder of its own, the sublayers that a target leaves out. Nothing lies outside."""
+"""What drafters need in the artifact: a draft model or head in a folder of its own, the sublayers that a target leaves out."""
 
 from __future__ import annotations
 
@@ -9,15 +9,23 @@ from typing import TYPE_CHECKING, Any
 
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.onnx.engine import OnnxEngine
+from planc.compiler.blocks import find_blocks
+from planc.compiler.passbase import Pass
 from planc.compiler.plan import Plan
 from planc.compiler.plan_source import Source
 from planc.compiler.skip_fit import fit_skip
+from planc.passes.attach_head import AttachHead
 from planc.passes.kv_cache import KvCache
+from planc.passes.load_weights import LoadWeights
+from planc.passes.quantize_weights import QuantizeWeights
+from planc.passes.skip_layers import SkipLayers
+from planc.passes.trim_vocab import TrimVocab
 from planc.runtime import profile
 from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.contract import Contract, hardware
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import DraftModel, SelfSkip
+from planc.runtime.drafters import DraftHead, DraftModel, SelfSkip
+from planc.runtime.drafters.draft_head import HEAD
 from planc.runtime.drafters.draft_model import FOLDER, FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
@@ -30,10 +38,10 @@ if TYPE_CHECKING:
 _DEAREST, _PAST = 0.9, 128  # a fuzzy form whose pass takes a larger share of the exact form's, behind so many tokens, is left out
 
 
-def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip]:
+def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip | DraftHead]:
     """The plan's drafters that need something in the artifact, by their place in the list."""
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
-    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip)}
+    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip | DraftHead)}
 
 
 def attach_drafts(
@@ -52,6 +60,9 @@ def attach_drafts(
             if isinstance(part, DraftModel):
                 extra |= _attach_model(planned, part, directory / FOLDER, place, measure, note)
                 drafters[index] = part.model_copy(update={"artifact": FOLDER, "plan": None, "model": None, "passes": (), "fuzzy": ()})
+            elif isinstance(part, DraftHead):
+                _attach_head(planned, part, place, directory / HEAD, measure, note)
+                drafters[index] = part.model_copy(update={"artifact": HEAD, "file": None})
             else:
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found
@@ -85,6 +96,24 @@ def _attach_model(
     return {"fuzzy": {"step_ratio": round(ratio, 4), "kept": ratio <= _DEAREST}}
 
 
+def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
+    """Write the trained head into the folder `target`."""
+    note("the draft head")
+    if part.file is None:
+        message = "draft_head has no trained head yet"
+        raise PlanError("plan-bad-value", message, plan=place, fix="name a `file`, and make it with `planc fit`")
+    passes = (*head_passes(planned, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
+    plan = Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target)
+    _write(planned, planned.model, plan, target, measure, note, "the draft head")
+
+
+def head_passes(planned: Planned, part: DraftHead) -> tuple[Pass, ...]:
+    """What makes the target a draft head that is not trained yet."""
+    layers = [block.index for block in find_blocks(planned.program)]
+    layer = layers[part.layer] if -len(layers) <= part.layer < 0 else part.layer
+    return SkipLayers(keep=(layer,)), AttachHead(fuse=part.fuse, feedback=part.feedback)
+
+
 def _beside(plan: Plan, path: str) -> Path:
     """A path of a plan counts from the folder of the plan's file."""
     return plan.folder / Path(path).expanduser()
@@ -101,25 +130,31 @@ def _copy(source: Path, target: Path) -> None:
 def _compile(
     planned: Planned, part: DraftModel, place: str | None, target: Path, measure: bool, note: Callable[[str], None], *, fuzzy: bool = False
 ) -> None:
-    from planc.compiler.compile import capacity_of, rewrite, tree_form
-
     plan, model = _plan_of(planned.plan, part, place), _model_of(planned, part)
     if fuzzy:
         plan = plan.model_copy(update={"passes": (*plan.passes, *part.fuzzy)})
+    draft = _write(planned, model, plan, target, measure, note, "the draft model")
+    added = set[str]() if fuzzy else {extra.key for extra in part.passes}  # a fuzzy form may be the exact one: n = 1
+    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
+        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
+        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
+
+
+def _write(planned: Planned, model: Any, plan: Plan, target: Path, measure: bool, note: Callable[[str], None], name: str) -> Planned:
+    """The artifact `target` of what drafts for `planned`: `model` by `plan`."""
+    from planc.compiler.compile import capacity_of, rewrite, tree_form
+
     if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
         plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
-    draft = rewrite(model, plan, note=lambda text: note(f"the draft model: {text}"))
+    draft = rewrite(model, plan, note=lambda text: note(f"{name}: {text}"))
 
     def finish(engine: Engine, capacity: int) -> Contract:
         """Exactness is nobody's concern: the target verifies every guess."""
         cost = profile.measure_cost(engine, capacity=min(capacity, 1024), seconds=3.0, logits=True) if measure else None
         return Contract(cost=cost, effects=draft.effects, hardware=hardware())
 
-    added = set[str]() if fuzzy else {extra.key for extra in part.passes}  # a fuzzy form may be the exact one: n = 1
-    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
-        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
-        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
     write_onnx(draft, target, min(capacity_of(planned), capacity_of(draft)), finish)
+    return draft
 
 
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:

@@ -33,6 +33,7 @@ class Step:
     counts: Ints | None = None  # [B] rows of each sequence before its padding, which an engine may leave out; None: all R
     least: int = 1  # rows that no kernel may be given fewer than, because fewer would round differently
     firsts: Ints | None = None  # [B] first row with outputs of each sequence, with which its outputs begin; of ragged engines only
+    states: Floats | None = None  # [B, R, K] what a draft head reads beside the tokens; None: zeros
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,7 @@ CODES: dict[str, str] = {
     "prune-pattern": "a pattern of N kept in M does not divide the weights",
     "verify-failed": "a program broke an invariant after a pass",
     "equality-failed": "a pass declared exact changed the outputs",
+    "fit-diverged": "a training diverged",
     "lower-unsupported": "an operation has no lowering on this backend",
     "backend-missing": "a library that the backend needs is not installed",
     # artifacts

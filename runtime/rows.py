@@ -57,3 +57,10 @@ def key_bias(lengths: Ints, step: Step, window: int = 0) -> Floats:
             seen = seen & (positions[b][None] > positions[b][:, None] - window)
         hidden[b, :, length : length + rows] = ~seen
     return np.where(hidden, MASKED, np.float32(0))[:, None]
+
+
+def states_of(step: Step, width: int) -> Floats:
+    """The states of the rows [B,R,width] float32; zeros where the step has none."""
+    if step.states is None:
+        return np.zeros((*step.tokens.shape, width), dtype=np.float32)
+    return np.ascontiguousarray(step.states, dtype=np.float32)

@@ -19,7 +19,7 @@ from planc.backends.onnx.packed import LANES_FILE, Lanes
 from planc.runtime.artifact import Manifest
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.errors import ArtifactError
-from planc.runtime.rows import key_bias, positions_of
+from planc.runtime.rows import key_bias, positions_of, states_of
 
 Gates = NDArray[np.bool_]
 
@@ -109,6 +109,7 @@ class OnnxEngine:
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
         self.inputs = [n for n in inputs if n not in self.states]
         self.biases = {n: int(n.partition(".")[2] or 0) for n in self.inputs if n.startswith("bias")}
+        self.state_width = int(inputs["states"].shape[-1]) if "states" in inputs else 0
         outputs = {o.name: o for o in self.session.get_outputs()}
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
         self.batches = bool(manifest.extra.get("batches", False))
@@ -211,6 +212,8 @@ class OnnxEngine:
             elif name == "gates":
                 assert gates is not None
                 yield name, np.ascontiguousarray(gates, dtype=np.bool_)
+            elif name == "states":
+                yield name, states_of(step, self.state_width)
             elif name == "logits_from":
                 yield name, np.array([step.logits_from], dtype=np.int64)
             else:

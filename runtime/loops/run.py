@@ -297,7 +297,7 @@ class Run:
         if len(part) > first:
             count = len(part) - first
             rows = list(range(count))
-            self._update(b, Verified(b, part[first:], rows, rows, following[first:]), outputs, first)
+            self._update(b, Verified(b, part[first:], rows, rows, following[first:], past=start, before=first), outputs)
         return pieces
 
     def propose(
@@ -435,17 +435,16 @@ class Run:
             for row in counted:
                 counter.update(draft.sources(row))
 
-    def teach(self, b: int, draft: Draft, path: Walk, outputs: Outputs) -> None:
-        """Show the pass to the drafters: all rows of sequence b, and which were accepted."""
-        self._update(b, Verified(b, draft.tokens, draft.depths, path.rows, path.tokens), outputs)
+    def teach(self, b: int, draft: Draft, path: Walk, outputs: Outputs, past: int) -> None:
+        """Show the pass to the drafters: all rows of sequence b, `past` tokens before them, and which were accepted."""
+        self._update(b, Verified(b, draft.tokens, draft.depths, path.rows, path.tokens, past=past), outputs)
 
-    def _update(self, b: int, verified: Verified, outputs: Outputs, first: int = 0) -> None:
-        """Show the drafters the rows of a pass from `first` on; taps have all rows of the pass, other outputs begin there."""
+    def _update(self, b: int, verified: Verified, outputs: Outputs) -> None:
         count, place = len(verified.tokens), self._place[b]
         if outputs.top_ids is not None:
             verified.top_ids = outputs.top_ids[place, :count]
         if outputs.top_logits is not None:
             verified.top_logits = outputs.top_logits[place, :count]
-        verified.taps = {name: tap[place, first : first + count] for name, tap in outputs.taps.items()}
+        verified.taps = {name: tap[place, : verified.before + count] for name, tap in outputs.taps.items()}
         for drafter in self.drafters:
             drafter.update(verified)
