@@ -22,15 +22,20 @@ MASKED = torch.finfo(torch.float32).min
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+#: the operations by their references, which torch can differentiate, as far as it can what they are made of
+REFERENCES: dict[Any, Callable[..., Any]] = {}
+
 
 def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define `planc::name` from its reference. Registered below autograd (planc never differentiates), which keeps a call cheap."""
+    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap; training goes through `REFERENCES`."""
 
     def register(reference: Callable[..., Any]) -> Any:
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.planc, name)
+        op = getattr(torch.ops.planc, name)
+        REFERENCES[op.default] = reference
+        return op
 
     return register
 

@@ -141,9 +141,10 @@ def test_tables_per_group_and_learning_lower_the_error() -> None:
     weight = torch.cat((some(32, 64), torch.sign(some(32, 64, seed=3)) * (1 + 0.1 * some(32, 64, seed=4))))  # two kinds of rows
     one, two = (float((weight - learned(weight, 3, 16, count).weight()).norm()) for count in (1, 2))
     assert two < 0.9 * one
-    gram, moves = gram_of(64), list[int]()
+    gram = gram_of(64)
     start = learned(weight, 3, 16, 2, gram)
-    made = joint(start, weight, gram, 15, moves=moves)
+    made = joint(start, weight, gram, 15)
     assert output_error(weight, made.weight(), gram) < 0.8 * output_error(weight, start.weight(), gram)
-    assert moves and set(moves) == {1}
+    moved = (made.codes.int() - start.codes.int()).abs()
+    assert bool((moved > 0).any()) and float((moved > 1).sum()) <= 0.1 * float((moved > 0).sum())
     assert joint(start, weight, gram, 0) is start

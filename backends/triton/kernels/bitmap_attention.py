@@ -1,7 +1,7 @@
 """Rows of a cache with their largest values alone, behind bitmaps, and attention over them (Mustafar).
 
 A row of D channels keeps its n largest magnitudes: bits [D/32] int32, channel c in bit c % 32 of word c // 32, and the n values in the order of
-their channels. 2 n + D/8 bytes in float16 instead of 2 D, and every row can be found without offsets.
+their channels. 2 n + D/8 bytes in float16 instead of 2 D, and every row can be found without offsets. Rows of a head lie one behind the other.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ WIDTHS = (32, 64, 128, 256)
 
 @dataclass(frozen=True)
 class Bitmap:
-    """Rows [B,T,G] of `width` channels."""
+    """Rows [B,G,T] of `width` channels."""
 
-    bits: Tensor  # [B,T,G,D/32] int32, contiguous
-    values: Tensor  # [B,T,G,n] float, contiguous
+    bits: Tensor  # [B,G,T,D/32] int32, contiguous
+    values: Tensor  # [B,G,T,n] float, contiguous
 
     @property
     def width(self) -> int:
@@ -47,6 +47,7 @@ class Bitmap:
 
 def encode_reference(x: Tensor, keep: int) -> Bitmap:
     """As `bitmap_encode`, in PyTorch."""
+    x = x.transpose(1, 2).contiguous()
     order = torch.sort(x.float().abs(), dim=3, descending=True, stable=True).indices[..., :keep].sort(3).values
     kept = torch.zeros(x.shape, dtype=torch.int64, device=x.device).scatter_(3, order, 1)
     words = (kept.unflatten(3, (-1, 32)) << torch.arange(32, device=x.device)).sum(4)
@@ -56,12 +57,13 @@ def encode_reference(x: Tensor, keep: int) -> Bitmap:
 def decode_reference(rows: Bitmap) -> Tensor:
     """The rows [B,T,G,D], zero where nothing was kept."""
     kept = ((rows.bits.long()[..., None] >> torch.arange(32, device=rows.bits.device)) & 1).flatten(3)
-    return torch.where(kept == 1, rows.values.gather(3, (kept.cumsum(3) - 1).clamp(min=0)), torch.zeros_like(rows.values[..., :1]))
+    values = rows.values.gather(3, (kept.cumsum(3) - 1).clamp(min=0))
+    return torch.where(kept == 1, values, torch.zeros_like(values)).transpose(1, 2)
 
 
 def reference(q: Tensor, k: Bitmap, v: Bitmap, lengths: Tensor, scale: float) -> Parts:
     """Attention in PyTorch, as one part."""
-    visible = (torch.arange(k.bits.shape[1], device=q.device) < lengths[:, None])[:, None].expand(-1, q.shape[1], -1)
+    visible = (torch.arange(k.bits.shape[2], device=q.device) < lengths[:, None])[:, None].expand(-1, q.shape[1], -1)
     return scores_reference(q, decode_reference(k), decode_reference(v), visible, scale)
 
 
@@ -71,17 +73,22 @@ def reference(q: Tensor, k: Bitmap, v: Bitmap, lengths: Tensor, scale: float) ->
 
 @triton.jit
 def _encode(
-    x_ptr,  # [rows, D] float, contiguous
-    bits_ptr,  # [rows, D/32] int32
-    values_ptr,  # [rows, KEEP], type of x
-    rows,
+    x_ptr,  # [B,T,G,D] float
+    bits_ptr,  # [B*G,T, D/32] int32
+    values_ptr,  # [B*G,T, KEEP], type of x
+    T,
+    G,
+    x_b,
+    x_t,
+    x_g,
     KEEP: tl.constexpr,
     D: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    row = (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    channel = tl.arange(0, D)
-    x = tl.load(x_ptr + row[:, None] * D + channel[None, :], mask=row[:, None] < rows, other=0.0)
+    pair, token = tl.program_id(1).to(tl.int64), (tl.program_id(0) * TILE + tl.arange(0, TILE)).to(tl.int64)
+    channel, there = tl.arange(0, D), token < T
+    places = x_ptr + (pair // G) * x_b + (pair % G) * x_g + token[:, None] * x_t + channel[None, :]
+    x = tl.load(places, mask=there[:, None], other=0.0)
     size = x.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
     least = tl.zeros((TILE,), tl.int32)
     for i in range(31):
@@ -92,10 +99,11 @@ def _encode(
     room = KEEP - tl.sum(above, axis=1)
     kept = above | (equal & (tl.cumsum(equal, axis=1) <= room[:, None]).to(tl.int32))
     rank = tl.cumsum(kept, axis=1) - kept
-    tl.store(values_ptr + row[:, None] * KEEP + rank, x, mask=(kept == 1) & (row[:, None] < rows))
+    row = pair * T + token
+    tl.store(values_ptr + row[:, None] * KEEP + rank, x, mask=(kept == 1) & there[:, None])
     words = tl.sum(tl.reshape(kept << (channel % 32)[None, :], (TILE, D // 32, 32)), axis=2)
     word = tl.arange(0, D // 32)
-    tl.store(bits_ptr + row[:, None] * (D // 32) + word[None, :], words, mask=row[:, None] < rows)
+    tl.store(bits_ptr + row[:, None] * (D // 32) + word[None, :], words, mask=there[:, None])
 
 
 def bitmap_encode(x: Tensor, keep: int) -> Bitmap:
@@ -108,12 +116,11 @@ def bitmap_encode(x: Tensor, keep: int) -> Bitmap:
     check(
         x.dim() == 4 and x.shape[3] in WIDTHS, "bitmap_encode", f"x has shape {list(x.shape)}", "give rows of 32, 64, 128 or 256 channels"
     )
-    D = x.shape[3]
+    check(x.stride(3) == 1, "bitmap_encode", "the last axis of x is not contiguous", "use x.contiguous()")
+    B, T, G, D = x.shape
     check(0 < keep <= D, "bitmap_encode", f"{keep} of {D} values cannot be kept", f"keep 1 to {D}")
-    x = x.contiguous()
-    bits, values = torch.empty(*x.shape[:3], D // 32, dtype=torch.int32, device=x.device), x.new_empty(*x.shape[:3], keep)
-    rows = x.numel() // D
-    launch(_encode, (triton.cdiv(rows, _TILE),), x, bits, values, rows, KEEP=keep, D=D, TILE=_TILE)
+    bits, values = torch.empty(B, G, T, D // 32, dtype=torch.int32, device=x.device), x.new_empty(B, G, T, keep)
+    launch(_encode, (triton.cdiv(T, _TILE), B * G), x, bits, values, T, G, *x.stride()[:3], KEEP=keep, D=D, TILE=_TILE)
     return Bitmap(bits, values)
 
 
@@ -134,10 +141,10 @@ def _spread(bits_ptr, values_ptr, row, present, KEEP: tl.constexpr, D: tl.conste
 @triton.jit
 def _attend(
     q_ptr,  # [B,R,H,D] float
-    k_bits_ptr,  # [B,T,G,D/32] int32
-    k_values_ptr,  # [B,T,G,KEEP_K], type of q
-    v_bits_ptr,
-    v_values_ptr,  # [B,T,G,KEEP_V]
+    k_bits_ptr,  # [B,G,T,D/32] int32
+    k_values_ptr,  # [B,G,T,KEEP_K], type of q
+    v_bits_ptr,  # [B,G,T,D/32] int32
+    v_values_ptr,  # [B,G,T,KEEP_V]
     lengths_ptr,  # [B] int64 or int32
     o_ptr,  # [P,B,R,H,D] float32
     m_ptr,  # [P,B,R,H] float32
@@ -161,7 +168,7 @@ def _attend(
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     for start in range(part * per_part, tl.minimum((part + 1) * per_part, length), TILE):
         key = start + tl.arange(0, TILE)
-        present, place = key < length, (sequence * T + key) * G + head
+        present, place = key < length, pair.to(tl.int64) * T + key
         k = _spread(k_bits_ptr, k_values_ptr, place, present, KEEP_K, D)
         v = _spread(v_bits_ptr, v_values_ptr, place, present, KEEP_V, D)
         m, l, acc = attend_tile(q, k, v, exists[:, None] & present[None, :], scale, m, l, acc)  # noqa: E741
@@ -185,7 +192,7 @@ def bitmap_attention(q: Tensor, k: Bitmap, v: Bitmap, lengths: Tensor, scale: fl
         "encode rows of one shape and type",
     )
     check(all(t.is_contiguous() for t in tensors[1:]), NAME, "bitmaps are not contiguous", "use .contiguous()")
-    (B, T, G, _), D, (_, R, H, _) = k.bits.shape, k.width, q.shape
+    (B, G, T, _), D, (_, R, H, _) = k.bits.shape, k.width, q.shape
     tile_rows = check_queries(NAME, q, G, D, k.values.dtype)
     check(D in WIDTHS, NAME, f"heads are {D} wide", "use heads of 32, 64, 128 or 256")
     check(lengths.shape == (B,) and q.shape[0] == B, NAME, "q, k and lengths have different numbers of sequences", f"give {B} of each")
