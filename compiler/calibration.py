@@ -3,13 +3,14 @@
     statistics = collect(program, {x: {Moments, Gram}, y: {RowPeaks}}, batches, progress)
     statistics[x, Moments].variance
 
+`propagate` is for passes that change a program from its first product to its last and want to know what the changed prefix makes of the text.
 A statistic is a mergeable accumulator: parts of a text, or several workers, give the same result as one run over all of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
@@ -222,9 +223,7 @@ def collect(
     if not nodes:
         return statistics
     if isinstance(batches, Tensor):
-        if batches.dim() != 2 or batches.numel() < LEAST:
-            raise _short(f"token ids of shape {list(batches.shape)}")
-        batches = _texts(batches, progress)
+        batches = _texts(_checked(batches), progress)
     elif progress:
         batches = progress(batches, "calibrating")
     for inputs in batches:
@@ -244,13 +243,53 @@ def collect(
         if statistic.count < LEAST:
             raise _short(f"{statistic.count} rows for {node.name}")
         if not bool(torch.isfinite(statistic.value).all()):
-            raise CompileError(
-                "calibration-not-finite",
-                "calibration gives NaN or infinity here",
-                node=describe(node),
-                fix="check the model's weights, or run it in float32",
-            )
+            raise _not_finite(node)
     return statistics
+
+
+Replacement = Callable[..., Any]  # computes a node's value from the values of its arguments
+
+
+def propagate(
+    program: Program, changes: Mapping[Node, Callable[[Sequence[Tensor]], Replacement]], ids: Tensor, progress: Any = None
+) -> None:
+    """Run the main graph over token ids [S, L] node by node, each node for all sequences before the next.
+
+    When a node of `changes` is reached, its entry is given the values of the node's first argument, one [1, L, ...] for each sequence, and
+    answers with what computes the node from then on: everything behind it sees what the change made. The run ends with the last change.
+    One pass over the text, whatever the number of nodes; memory is that of the values between two nodes for the whole text.
+
+    Raises CompileError[calibration-short] for fewer than two ids, CompileError[calibration-not-finite] for an input with NaN or infinity.
+    """
+    batches, values, left = list(_texts(_checked(ids), None)), dict[Any, list[Any]](), len(changes)
+    nodes = list(program.main.nodes)
+    last_reader = {source: node for node in nodes for source in node.all_input_nodes}
+    for node in progress(nodes, "calibrating") if progress else nodes:
+        if node.op == "placeholder":
+            values[node] = [batch[str(node.target)] for batch in batches]
+        elif node.op == "get_attr":
+            values[node] = [program.params[str(node.target)]] * len(batches)
+        elif not left or node.op == "output":
+            return
+        else:
+            function = node.target
+            if node in changes:
+                inputs, left = values[node.args[0]], left - 1
+                if not all(bool(torch.isfinite(x).all()) for x in inputs):
+                    raise _not_finite(node)
+                function = changes[node](inputs)
+                if not left:
+                    return
+            values[node] = []
+            spent = [source for source in node.all_input_nodes if last_reader[source] is node]
+            for i in range(len(batches)):
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: values[n][i])  # type: ignore[misc]
+                with torch.no_grad():
+                    values[node].append(function(*args, **kwargs))
+                for source in spent:
+                    values[source][i] = None  # one sequence after the other, so that inputs and outputs never lie side by side
+            for source in spent:
+                del values[source]
 
 
 def calibration_text(context: Context, key: str) -> Tensor:
@@ -265,6 +304,21 @@ def _texts(ids: Tensor, progress: Any) -> Iterator[Batch]:
     positions = torch.arange(ids.shape[1])[None]
     for row in progress(ids, "calibrating") if progress else ids:
         yield {"input_ids": row[None], "position_ids": positions}
+
+
+def _checked(ids: Tensor) -> Tensor:
+    if ids.dim() != 2 or ids.numel() < LEAST:
+        raise _short(f"token ids of shape {list(ids.shape)}")
+    return ids
+
+
+def _not_finite(node: Node) -> CompileError:
+    return CompileError(
+        "calibration-not-finite",
+        "calibration gives NaN or infinity here",
+        node=describe(node),
+        fix="check the model's weights, or run it in float32",
+    )
 
 
 def _short(have: str) -> CompileError:

@@ -24,6 +24,7 @@ from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
 from planc.compiler.plan import Plan
 from planc.compiler.program import ModelInfo, Program
+from planc.compiler.quality import read_windows
 from planc.compiler.raising import raise_program
 from planc.compiler.search.spec import check_closed
 from planc.compiler.trace import trace
@@ -77,7 +78,7 @@ def compile(  # noqa: A001 - the public name
         plan: a `Plan`, its YAML file, or plain data; None is the empty plan.
         out: directory of the artifact; None keeps it in a temporary directory until the process ends.
         tokenizer: overrides the model's own.
-        calibration: token ids [S, L] int64 for passes that calibrate; None takes a text that comes with planc.
+        calibration: token ids [S, L] int64 for passes that calibrate; None takes what the plan names, or a short text that comes with planc.
         disable: keys of passes to leave out.
         measure: probe exactness and measure the cost table (about 15 s for 135M parameters on two cores).
         progress: show a progress bar on stderr.
@@ -134,7 +135,7 @@ def rewrite(
     note("tracing")
     program = raised(loaded)
     ids = text_ids(loaded)
-    context = Context(calibration if calibration is not None else calibration_blocks(ids), None, chosen.folder)
+    context = context_of(chosen, loaded, ids, calibration)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)
@@ -209,6 +210,19 @@ def text_of(model: LoadedModel) -> Text:
     """The model's text side; its files lie in one directory."""
     files = model.tokenizer_files
     return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
+
+
+def context_of(plan: Plan, model: LoadedModel, ids: Sequence[int], calibration: Tensor | None = None) -> Context:
+    """What the passes of a plan may use: `calibration`, or the text that the plan names, or blocks of `ids`.
+
+    Raises InputError[input-invalid] for a text that cannot be read or has fewer than two tokens.
+    """
+    if calibration is None and plan.calibration is not None:
+        chosen, where = plan.calibration, plan.where("calibration", "text") or "calibration.text"
+        file = plan.folder / Path(chosen.text).expanduser()
+        windows = read_windows(file, text_of(model).encode, tokens=chosen.tokens, window=chosen.length, where=where)
+        calibration = torch.tensor([w for w in windows if len(w) == chosen.length] or windows[:1])
+    return Context(calibration if calibration is not None else calibration_blocks(ids), None, plan.folder)
 
 
 def calibration_blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> Tensor:

@@ -21,20 +21,21 @@ MASKED = torch.finfo(torch.float32).min
 
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
-#: each operation's reference in plain torch, which can be differentiated
+
+#: the operations by their references, which torch can differentiate, as far as it can what they are made of
 REFERENCES: dict[Any, Callable[..., Any]] = {}
 
 
 def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap; who differentiates calls `REFERENCES`."""
+    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap; training goes through `REFERENCES`."""
 
     def register(reference: Callable[..., Any]) -> Any:
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        packet = getattr(torch.ops.planc, name)
-        REFERENCES[packet.default] = reference
-        return packet
+        op = getattr(torch.ops.planc, name)
+        REFERENCES[op.default] = reference
+        return op
 
     return register
 

@@ -51,6 +51,7 @@ CODES: dict[str, str] = {
     "tokenizer-missing": "text was given or asked for, but the artifact holds no tokenizer",
     "chat-template": "the chat template is missing, faulty or refused the messages",
     "input-invalid": "an argument of a call or command is not usable",
+    "kernel-unsupported": "a GPU kernel does not take tensors of this device, type or shape",
     "output-missing": "a loop needs an output that the artifact was not compiled with",
     "server-closed": "a prompt was given to a server that is closed",
     "peer-failed": "a system to compare with could not be run",
