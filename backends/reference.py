@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,10 +15,10 @@ from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 from planc.runtime.rows import key_bias, positions_of
 
 
-def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> Iterator[tuple[Node, Any]]:
+def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> Generator[tuple[Node, Any], Any]:
     """Every computed node of one graph with its value, in order; last the output node with the outputs by name.
 
-    Values are freed as soon as nobody reads them.
+    Values are freed as soon as nobody reads them. What is sent back (`send`) takes the place of the value for all readers.
     """
     values: dict[Any, Any] = {}
     pending = {node: len(node.users) for node in program.graphs[graph].nodes}
@@ -37,7 +37,9 @@ def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -
                 pending[source] -= 1
                 if not pending[source]:
                     del values[source]
-            yield node, values[node]
+            other = yield node, values[node]
+            if other is not None:
+                values[node] = other
 
 
 def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> dict[str, Tensor]:

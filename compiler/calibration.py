@@ -9,7 +9,7 @@ A statistic is a mergeable accumulator: parts of a text, or several workers, giv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
@@ -136,6 +136,14 @@ class Gram32(Gram):
     dtype = torch.float32
 
 
+class NormedGram(Gram):
+    """X^T X of rows scaled to a root mean square of one, so that large rows count no more than others; a row of zeros counts as it is."""
+
+    def add(self, x: Tensor) -> None:
+        wide = x.double()
+        super().add(wide / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
+
+
 class Peaks(Statistic):
     """Largest |x| per channel, [K] float32."""
 
@@ -224,7 +232,7 @@ def collect(
     if isinstance(batches, Tensor):
         if batches.dim() != 2 or batches.numel() < LEAST:
             raise _short(f"token ids of shape {list(batches.shape)}")
-        batches = _texts(batches, progress)
+        batches = inputs_of(batches, progress)
     elif progress:
         batches = progress(batches, "calibrating")
     for inputs in batches:
@@ -253,6 +261,24 @@ def collect(
     return statistics
 
 
+def collect_in_turn(program: Program, nodes: Sequence[Node], ids: Tensor, then: Callable[[Gram], Tensor]) -> None:
+    """The Gram matrix of each node, in the order of the graph, handed to `then` at once.
+
+    `then` returns the matrix [K, K] that the node's value is multiplied with before anybody reads it, so that later nodes are seen as they are
+    once something was done to the earlier ones. All sequences of `ids` [S, L] run side by side.
+    """
+    runs = [execute(program, inputs) for inputs in inputs_of(ids)]
+    values = [next(run) for run in runs]
+    for node in nodes:
+        while values[0][0] is not node:
+            values = [next(run) for run in runs]
+        gram = Gram()
+        for _, value in values:
+            gram.add(value)
+        matrix = then(gram).to(values[0][1].dtype)
+        values = [run.send(value @ matrix) for run, (_, value) in zip(runs, values, strict=True)]
+
+
 def calibration_text(context: Context, key: str) -> Tensor:
     """The ids that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
     if context.calibration is None:
@@ -261,7 +287,8 @@ def calibration_text(context: Context, key: str) -> Tensor:
     return context.calibration
 
 
-def _texts(ids: Tensor, progress: Any) -> Iterator[Batch]:
+def inputs_of(ids: Tensor, progress: Any = None) -> Iterator[Batch]:
+    """The inputs of one run per sequence of token ids [S, L]."""
     positions = torch.arange(ids.shape[1])[None]
     for row in progress(ids, "calibrating") if progress else ids:
         yield {"input_ids": row[None], "position_ids": positions}

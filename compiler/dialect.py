@@ -35,6 +35,11 @@ def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], A
     return register
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     group = q.shape[2] // k.shape[2]
     keys = k.transpose(1, 2).repeat_interleave(group, dim=1)  # [B, H, T, D]
@@ -60,7 +65,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         hidden = hidden | (keys > rows)
     if window:
         hidden = hidden | (keys <= rows - window)
-    return _mix(scores.float().masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
+    return _mix(_wide(scores).masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
 
 
 @_op(
@@ -102,14 +107,14 @@ def cached_attention(
     if bias is not None:
         scores = scores + bias[..., :total]
     assert total <= capacity
-    out = _mix(scores.float().masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
+    out = _mix(_wide(scores).masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
     return out, keys, values
 
 
 @_op("rms_norm", lambda x, weight, eps: torch.empty_like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., K] / root mean square * weight [K], computed in float32."""
-    wide = x.float()
+    """x [..., K] / root mean square * weight [K], computed in float32 (float64 for such x)."""
+    wide = _wide(x)
     return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
 
 

@@ -21,7 +21,7 @@ from torch.fx import Node
 from planc.compiler.calibration import Statistics, calibration_text, collect
 from planc.compiler.groups import Group, find_groups
 from planc.compiler.passbase import Context, Pass, Stage
-from planc.compiler.program import Editor, Program, describe, module_matches
+from planc.compiler.program import Program, describe, module_matches
 from planc.passes.pruning import Allocation, Layer, Magnitude, Nothing, Rows, Swap, Uniform
 from planc.runtime.errors import CompileError, PlanError
 from planc.runtime.registry import item_of
@@ -91,7 +91,9 @@ class Prune(Pass):
         for name, layer in layers.items():
             if name in masks and not bool(masks[name].all()):
                 weight, lost = self.repair.repaired(layer, masks[name], self.pattern[1])
-                _write(edit, edit[layer.node], weight, lost)
+                edit.swap(edit[layer.node], 1, weight, "*m")
+                if lost is not None:
+                    edit.add_bias(edit[layer.node], lost, "*m")
                 done += 1
         return edit.done(len(layers), done, [note]) if done else program
 
@@ -159,17 +161,3 @@ class Prune(Pass):
         allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
         gone = allocation.weights(scores, (m - n) / m if m else self.sparsity)  # type: ignore[arg-type]
         return {name: ~g.reshape(layer.weight.shape) for (name, layer), g in zip(layers.items(), gone, strict=True)}
-
-
-def _write(edit: Editor, node: Node, weight: Tensor, lost: Tensor | None) -> None:
-    name = str(node.args[1].target).partition(".weight")[0]  # type: ignore[union-attr]
-    edit.swap(node, 1, weight, "*m")
-    if lost is None:
-        return
-    if len(node.args) > 2 and node.args[2] is not None:
-        bias = edit.params[str(node.args[2].target)]  # type: ignore[union-attr]
-        edit.swap(node, 2, bias + lost, "*m")
-        return
-    with edit.before(node):
-        new = edit.param(f"{name}.bias*m", lost)
-    node.args = (*node.args[:2], new, *node.args[3:])
