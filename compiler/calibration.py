@@ -220,7 +220,7 @@ def collect(
     Args:
         wanted: statistics by node. Values are freed as soon as nobody reads them, so memory is that of one batch and of the statistics; a Gram
             matrix is the only large one, and callers that need many ask for a few layers at a time.
-        batches: token ids [S, L] int64, run one sequence at a time, or the inputs of each run by name.
+        batches: token ids [S, L] int64 or images [S, C, Y, X], run one at a time, or the inputs of each run by name.
         progress: wraps the batches to show how far the run is, `progress(batches, text)`.
         axes: the channel axis of a node where it is not the last, e.g. 1 for what a convolution reads.
 
@@ -230,7 +230,7 @@ def collect(
     if not nodes:
         return statistics
     if isinstance(batches, Tensor):
-        if batches.dim() != 2 or batches.numel() < LEAST:
+        if batches.numel() < LEAST or batches.dim() != (4 if batches.is_floating_point() else 2):
             raise _short(f"token ids of shape {list(batches.shape)}")
         batches = inputs_of(batches, progress)
     elif progress:
@@ -280,18 +280,24 @@ def collect_in_turn(program: Program, nodes: Sequence[Node], ids: Tensor, then: 
 
 
 def calibration_text(context: Context, key: str) -> Tensor:
-    """The ids that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
+    """The ids (or images) that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
     if context.calibration is None:
-        message = f"{key} needs text to calibrate on, but the model has no tokenizer"
-        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids to compile")
+        message = f"{key} needs text or images to calibrate on, and none came with the model"
+        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids, or images, to compile")
     return context.calibration
 
 
 def inputs_of(ids: Tensor, progress: Any = None) -> Iterator[Batch]:
-    """The inputs of one run per sequence of token ids [S, L]."""
-    positions = torch.arange(ids.shape[1])[None]
+    """The inputs of one run per sequence of token ids [S, L], or per image [S, C, Y, X]."""
     for row in progress(ids, "calibrating") if progress else ids:
-        yield {"input_ids": row[None], "position_ids": positions}
+        yield batch_of(row[None])
+
+
+def batch_of(samples: Tensor) -> Batch:
+    """The inputs of one run over several sequences of token ids [S, L], or images [S, C, Y, X]."""
+    if samples.is_floating_point():
+        return {"images": samples}
+    return {"input_ids": samples, "position_ids": torch.arange(samples.shape[1]).expand(samples.shape)}
 
 
 def _short(have: str) -> CompileError:

@@ -22,14 +22,18 @@ MASKED = torch.finfo(torch.float32).min
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+#: The reference of each operation as plain torch code, for what must be differentiated.
+REFERENCES: dict[Any, Callable[..., Any]] = {}
+
 
 def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define `planc::name` from its reference. Registered below autograd (planc never differentiates), which keeps a call cheap."""
+    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap."""
 
     def register(reference: Callable[..., Any]) -> Any:
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
+        REFERENCES[getattr(torch.ops.planc, name).default] = reference
         return getattr(torch.ops.planc, name)
 
     return register
