@@ -250,6 +250,12 @@ def linear_lookup(
     return out if bias is None else out + bias
 
 
+@_op("block_diagonal", lambda x, blocks: x.new_empty((*x.shape[:-1], blocks.shape[0] * blocks.shape[1])))
+def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
+    """x [..., J*i] times a block-diagonal matrix with `blocks` [J,o,i] -> [..., J*o]; a block's rows are outputs, as in a dense layer."""
+    return torch.einsum("...ji,joi->...jo", x.unflatten(-1, (blocks.shape[0], blocks.shape[2])), blocks).flatten(-2)
+
+
 @_op("embedding_int8", lambda table, scale, ids: scale.new_empty((*ids.shape, table.shape[1])))
 def embedding_int8(table: Tensor, scale: Tensor, ids: Tensor) -> Tensor:
     """Rows of an int8 table [V,K] with one scale [V] per row, for ids [B,R] -> [B,R,K] float32."""

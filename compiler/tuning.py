@@ -59,8 +59,8 @@ def tuned(
         masked = {name: leaf * keep[name] if name in keep else leaf for name, leaf in leaves.items()}
         have = run(program.replace(params={**program.params, **masked}), inputs, grad=True)["logits"].log_softmax(-1)
         loss = (want.exp() * (want - have)).sum(-1).mean()
-        if not math.isfinite(float(loss)):
-            raise CompileError("pass-refused", f"the loss is {float(loss)} after {step} steps of tuning", fix="lower `rate`")
+        if not math.isfinite(value := float(loss.detach())):
+            raise CompileError("pass-refused", f"the loss is {value} after {step} steps of tuning", fix="lower `rate`")
         optimiser.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()

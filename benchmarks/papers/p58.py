@@ -32,8 +32,8 @@ from planc.runtime.artifact import read_artifact
 from planc.runtime.vision import ImageSpec
 
 PLAN = ROOT / "examples/papers/58-gradual-pruning.yaml"
-SIDE, TRAIN, TEST, SEEDS = 16, 2000, 1000, 3
-WIDTHS, EPOCHS, BATCH = (24, 48, 48), 6, 64
+SIDE, TRAIN, TEST, SEEDS = 16, 4000, 1000, 3
+WIDTHS, EPOCHS, BATCH = (16, 32, 32), 6, 64
 SPEC = ImageSpec(size=(SIDE, SIDE))
 
 
@@ -79,9 +79,9 @@ def _digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
     font = ImageFont.load_default(13)
     for i, label in enumerate(labels):
         page = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(page).text((4 + random.integers(-3, 4), random.integers(-3, 3)), str(label), fill=255, font=font)
-        turned = page.rotate(float(random.uniform(-35, 35)), Image.Resampling.BILINEAR)
-        images[i] = np.asarray(turned, np.float32) / 255 * random.uniform(0.5, 1) + random.normal(0, 0.35, (SIDE, SIDE))
+        ImageDraw.Draw(page).text((4 + random.integers(-2, 3), random.integers(-2, 2)), str(label), fill=255, font=font)
+        turned = page.rotate(float(random.uniform(-12, 12)), Image.Resampling.BILINEAR)
+        images[i] = np.asarray(turned, np.float32) / 255 * random.uniform(0.7, 1) + random.normal(0, 0.1, (SIDE, SIDE))
     return torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(labels)
 
 
