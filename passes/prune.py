@@ -6,7 +6,7 @@ Produces  the same products with weights that are zero where something was remov
 Refuses   weights with NaN; N:M that does not divide; a budget that cannot be met; patterns of modules with nothing to remove
           with a schedule, step by step; with `tune`, trained after each step, the dense program being the teacher
 Paper     40 DSnoT: wanda, weights, rows, swap. 22 FLAP: fluctuation, units, everywhere, mean_bias. SparseGPT: obs, weights, rows, obs_update.
-          58 gradual pruning: magnitude, weights, uniform, cubic, tune.
+          58 gradual pruning: magnitude, weights, uniform, cubic, tune. 78 UDFC: magnitude, channels, uniform, least_squares without data.
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ class Prune(Pass):
         seen = Statistics({})
         if needs:
             seen = collect(program, inputs, calibration_text(context, self.key), context.progress, axes=axes)  # type: ignore[arg-type]
-        layers = {str(p.args[1].target): Layer(p, program.params[str(p.args[1].target)], seen) for p in products}  # type: ignore[union-attr]
+        layers = {str(p.args[1].target): Layer(p, program.params[str(p.args[1].target)], seen, program.params) for p in products}  # type: ignore[union-attr]
         for layer in layers.values():
             if not bool(torch.isfinite(layer.weight).all()):
                 raise CompileError(
