@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,15 +10,17 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planc.compiler.dialect import REFERENCES
 from planc.compiler.program import MAIN, Program
 from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 from planc.runtime.rows import key_bias, positions_of, states_of
 
 
-def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> Iterator[tuple[Node, Any]]:
+def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *, grad: bool = False) -> Generator[tuple[Node, Any], Any]:
     """Every computed node of one graph with its value, in order; last the output node with the outputs by name.
 
-    Values are freed as soon as nobody reads them.
+    Values are freed as soon as nobody reads them. What is sent back (`send`) takes the place of the value for all readers.
+    With `grad` the outputs can be differentiated.
     """
     values: dict[Any, Any] = {}
     pending = {node: len(node.users) for node in program.graphs[graph].nodes}
@@ -31,18 +33,21 @@ def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -
             yield node, {name: values[value] for name, value in node.args[0].items()}
         else:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            with torch.no_grad():  # not around the loop: a generator must not leave the switch set while it waits
-                values[node] = node.target(*args, **kwargs)
+            target: Any = REFERENCES.get(node.target, node.target) if grad else node.target
+            with torch.set_grad_enabled(grad):  # not around the loop: a generator must not leave the switch set while it waits
+                values[node] = target(*args, **kwargs)
             for source in node.all_input_nodes:
                 pending[source] -= 1
                 if not pending[source]:
                     del values[source]
-            yield node, values[node]
+            other = yield node, values[node]
+            if other is not None:
+                values[node] = other
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN) -> dict[str, Tensor]:
+def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *, grad: bool = False) -> dict[str, Tensor]:
     """Outputs by name of one graph on `inputs` by name."""
-    for node, value in execute(program, inputs, graph):
+    for node, value in execute(program, inputs, graph, grad=grad):
         if node.op == "output":
             return dict(value)
     raise AssertionError("graph without output")

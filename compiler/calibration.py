@@ -137,6 +137,14 @@ class Gram32(Gram):
     dtype = torch.float32
 
 
+class NormedGram(Gram):
+    """X^T X of rows scaled to a root mean square of one, so that large rows count no more than others; a row of zeros counts as it is."""
+
+    def add(self, x: Tensor) -> None:
+        wide = x.double()
+        super().add(wide / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
+
+
 class Peaks(Statistic):
     """Largest |x| per channel, [K] float32."""
 
@@ -213,7 +221,7 @@ def collect(
     Args:
         wanted: statistics by node. Values are freed as soon as nobody reads them, so memory is that of one batch and of the statistics; a Gram
             matrix is the only large one, and callers that need many ask for a few layers at a time.
-        batches: token ids [S, L] int64, run one sequence at a time, or the inputs of each run by name.
+        batches: token ids [S, L] int64 or images [S, C, Y, X], run one at a time, or the inputs of each run by name.
         progress: wraps the batches to show how far the run is, `progress(batches, text)`.
         axes: the channel axis of a node where it is not the last, e.g. 1 for what a convolution reads.
 
@@ -223,7 +231,9 @@ def collect(
     if not nodes:
         return statistics
     if isinstance(batches, Tensor):
-        batches = _texts(_checked(batches), progress)
+        if batches.numel() < LEAST or batches.dim() != (4 if batches.is_floating_point() else 2):
+            raise _short(f"token ids of shape {list(batches.shape)}")
+        batches = inputs_of(batches, progress)
     elif progress:
         batches = progress(batches, "calibrating")
     for inputs in batches:
@@ -261,7 +271,7 @@ def propagate(
 
     Raises CompileError[calibration-short] for fewer than two ids, CompileError[calibration-not-finite] for an input with NaN or infinity.
     """
-    batches, values, left = list(_texts(_checked(ids), None)), dict[Any, list[Any]](), len(changes)
+    batches, values, left = list(inputs_of(_checked(ids))), dict[Any, list[Any]](), len(changes)
     nodes = list(program.main.nodes)
     last_reader = {source: node for node in nodes for source in node.all_input_nodes}
     for node in progress(nodes, "calibrating") if progress else nodes:
@@ -292,18 +302,43 @@ def propagate(
                 del values[source]
 
 
+def collect_in_turn(program: Program, nodes: Sequence[Node], ids: Tensor, then: Callable[[Gram], Tensor]) -> None:
+    """The Gram matrix of each node, in the order of the graph, handed to `then` at once.
+
+    `then` returns the matrix [K, K] that the node's value is multiplied with before anybody reads it, so that later nodes are seen as they are
+    once something was done to the earlier ones. All sequences of `ids` [S, L] run side by side.
+    """
+    runs = [execute(program, inputs) for inputs in inputs_of(ids)]
+    values = [next(run) for run in runs]
+    for node in nodes:
+        while values[0][0] is not node:
+            values = [next(run) for run in runs]
+        gram = Gram()
+        for _, value in values:
+            gram.add(value)
+        matrix = then(gram).to(values[0][1].dtype)
+        values = [run.send(value @ matrix) for run, (_, value) in zip(runs, values, strict=True)]
+
+
 def calibration_text(context: Context, key: str) -> Tensor:
-    """The ids that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
+    """The ids (or images) that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
     if context.calibration is None:
-        message = f"{key} needs text to calibrate on, but the model has no tokenizer"
-        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids to compile")
+        message = f"{key} needs text or images to calibrate on, and none came with the model"
+        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids, or images, to compile")
     return context.calibration
 
 
-def _texts(ids: Tensor, progress: Any) -> Iterator[Batch]:
-    positions = torch.arange(ids.shape[1])[None]
+def inputs_of(ids: Tensor, progress: Any = None) -> Iterator[Batch]:
+    """The inputs of one run per sequence of token ids [S, L], or per image [S, C, Y, X]."""
     for row in progress(ids, "calibrating") if progress else ids:
-        yield {"input_ids": row[None], "position_ids": positions}
+        yield batch_of(row[None])
+
+
+def batch_of(samples: Tensor) -> Batch:
+    """The inputs of one run over several sequences of token ids [S, L], or images [S, C, Y, X]."""
+    if samples.is_floating_point():
+        return {"images": samples}
+    return {"input_ids": samples, "position_ids": torch.arange(samples.shape[1]).expand(samples.shape)}
 
 
 def _checked(ids: Tensor) -> Tensor:

@@ -79,6 +79,7 @@ def compile(  # noqa: A001 - the public name
         out: directory of the artifact; None keeps it in a temporary directory until the process ends.
         tokenizer: overrides the model's own.
         calibration: token ids [S, L] int64 for passes that calibrate; None takes what the plan names, or a short text that comes with planc.
+            Images [S, C, Y, X] float32 for those of a classifier.
         disable: keys of passes to leave out.
         measure: probe exactness and measure the cost table (about 15 s for 135M parameters on two cores).
         progress: show a progress bar on stderr.
@@ -104,7 +105,8 @@ def compile(  # noqa: A001 - the public name
     with stages(progress) as note:
         classifier = load_classifier(model, image, labels)
         if classifier is not None:
-            made = compile_classifier(classifier, plan, lambda: Path(out) if out is not None else _temporary(), disable=disable, note=note)
+            where: Callable[[], Path] = lambda: Path(out) if out is not None else _temporary()  # noqa: E731
+            made = compile_classifier(classifier, plan, where, calibration=calibration, disable=disable, note=note)
             return made if isinstance(made, Classifier) else load(made, verify=False)
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
         finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)

@@ -185,6 +185,19 @@ class Editor:
         node.update_arg(index, new)
         return new
 
+    def add_bias(self, product: Node, more: Tensor, mark: str) -> None:
+        """Add `more` [N] to the bias of one dense layer or convolution, which need not have one; the new one is called with `mark` behind."""
+        weight = product.args[1]
+        assert isinstance(weight, Node)
+        if len(product.args) > 2 and isinstance(old := product.args[2], Node):
+            value = self.params[str(old.target)]
+            self.swap(product, 2, (value + more).to(value.dtype), mark)
+            return
+        with self.before(product):
+            name = str(weight.target).partition(".weight")[0]
+            bias = self.param(f"{name}.bias{mark}", more.to(self.params[str(weight.target)].dtype))
+        product.args = (*product.args[:2], bias, *product.args[3:])
+
     def outputs(self, **new: Node | None) -> None:
         """Add, replace or (None) remove named outputs."""
         node = self.graph.output_node()

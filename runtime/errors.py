@@ -32,6 +32,7 @@ CODES: dict[str, str] = {
     "calibration-not-finite": "a value holds NaN or infinity on the calibration text",
     "prune-frozen": "nothing that may be removed: the graph ties these channels to an operation that needs them all",
     "prune-budget": "so much cannot be removed from what may be removed",
+    "residual-form": "the hidden state is written or read in a way that does not allow a change of its basis",
     "prune-pattern": "a pattern of N kept in M does not divide the weights",
     "verify-failed": "a program broke an invariant after a pass",
     "equality-failed": "a pass declared exact changed the outputs",

@@ -5,14 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from planc.backends.reference import run
 from planc.compiler.bench import load_prompts
+from planc.compiler.compile import text_of
 from planc.compiler.papers import ROOT
+from planc.compiler.program import Program
+from planc.compiler.quality import perplexity, program_nll, read_windows
 from planc.runtime.contract import CostTable
 from planc.runtime.decode import Speculative, Tree
 from planc.runtime.drafters import DrafterPart
-from planc.runtime.engine import Floats
+from planc.runtime.engine import Engine, Floats, Step
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.trees import Draft
 
@@ -74,3 +83,50 @@ class TableSource:
     def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
         """[rows, V] behind these rows of a tree."""
         return self.table[[draft.tokens[row] for row in rows]]
+
+
+def wikitext(loaded: Any, sequences: int, length: int, windows: int = 4, window: int = 512) -> tuple[Tensor, list[list[int]]]:
+    """Token ids [sequences, length] to calibrate on, and `windows` of `window` ids each from later in the text to measure on."""
+    file = data("wikitext2/valid.txt")
+    assert file is not None, "the text beside the project is needed: set PLANC_DATA"
+    ids = [
+        i
+        for part in read_windows(file, text_of(loaded).encode, tokens=sequences * length + 2 * windows * window, window=length)
+        for i in part
+    ]
+    later = ids[-windows * window :]
+    return torch.tensor(ids[: sequences * length]).reshape(sequences, length), [
+        later[i * window : (i + 1) * window] for i in range(windows)
+    ]
+
+
+def quality(program: Program, windows: Sequence[Sequence[int]]) -> float:
+    """Perplexity of a program without cache."""
+    return round(perplexity(program_nll(program, windows), sum(len(w) - 1 for w in windows)), 4)
+
+
+def logits_of(program: Program, ids: Sequence[int]) -> Tensor:
+    """Logits [R, V] of a program without cache."""
+    return run(program, {"input_ids": torch.tensor([list(ids)]), "position_ids": torch.arange(len(ids))[None]})["logits"][0]
+
+
+def divergence(dense: Program, other: Program, windows: Sequence[Sequence[int]]) -> float:
+    """Mean KL of the next token's distribution from that of `dense`, in nats."""
+    total = 0.0
+    for ids in windows:
+        want, have = (logits_of(p, ids).log_softmax(-1) for p in (dense, other))
+        total += float((want.exp() * (want - have)).sum(-1).mean())
+    return round(total / len(windows), 5)
+
+
+def pass_seconds(engine: Engine, rows: int, past: int = 0, passes: int = 8) -> float:
+    """Seconds of `passes` passes of `rows` rows on top of `past` slots; of one where there is no past."""
+    cache = engine.new_cache(1, past + rows)
+    if past:
+        engine.forward(cache, Step(np.full((1, past), 7, dtype=np.int64)))
+        cache.keep(0, np.arange(past))
+    step = Step(np.full((1, rows), 7, dtype=np.int64))
+    begin = perf_counter()
+    for _ in range(passes if past else 1):
+        engine.forward(cache, step)
+    return perf_counter() - begin

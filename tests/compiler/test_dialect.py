@@ -123,7 +123,13 @@ def _upsample2d(n: Draw) -> tuple[Any, ...]:
     return (_map(n), [n(1, 3), n(1, 3)])
 
 
+def _block_diagonal(n: Draw) -> tuple[Any, ...]:
+    count, inputs, outputs = n(1, 3), n(1, 5), n(1, 5)
+    return (torch.randn(*(n(1, 3) for _ in range(n(1, 2))), count * inputs), torch.randn(count, outputs, inputs))
+
+
 INPUTS = {
+    "block_diagonal": _block_diagonal,
     "conv2d": _conv2d,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
