@@ -118,7 +118,7 @@ def _over_cache(
     shown = [keys[:, :, :total], values[:, :, :total]]
     bias = None if bias is None else bias[..., :total]
     if stored is not None:
-        shown = [torch.cat(pair, 2) for pair in zip(stored, shown, strict=True)]
+        shown = [torch.cat((first.expand(len(q), -1, -1, -1), rest), 2) for first, rest in zip(stored, shown, strict=True)]
         hidden = F.pad(hidden, (stored[0].shape[2], 0))
         bias = None if bias is None else F.pad(bias, (stored[0].shape[2], 0))
     scores = _scores(q, shown[0].transpose(1, 2), scale, softcap)
@@ -150,7 +150,7 @@ def stored_attention(
     window: int,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`cached_attention` whose rows also see all of stored_k and stored_v [B,G,S,D], which come first and are not written."""
+    """`cached_attention` whose rows also see all of stored_k and stored_v [B,G,S,D], which come first and are not written; B may be 1 there."""
     return _over_cache(q, k, v, past_k, past_v, lengths, (stored_k, stored_v), bias, scale, window, softcap)
 
 

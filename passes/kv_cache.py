@@ -142,6 +142,7 @@ class KvCache(Pass):
                 name=f"past.{part.name}",
                 group=part.group,
                 heads=heads,
+                which=part.heads,
                 key_width=sizes[0],
                 value_width=sizes[1],
                 query_heads=heads * int(q.meta["val"].shape[2]) // int(key.shape[2]),

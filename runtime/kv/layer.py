@@ -29,6 +29,7 @@ class LayerSpec(BaseModel):
     name: str  # of its state, such as past.3
     group: int = 0  # states of a group hold equally many rows; 0: no policy, 1: the policy's, 2: streaming heads
     heads: int
+    which: tuple[int, ...] = ()  # of the layer's key/value heads
     key_width: int
     value_width: int
     query_heads: int

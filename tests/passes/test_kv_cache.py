@@ -222,7 +222,8 @@ def test_policy_verifies(name: str) -> None:
     for family, trees in (("llama", "none"), ("gpt2", "fused")):
         if family == "gpt2" and "low_rank" in name:
             continue  # its keys are not turned; the basis is then that of the keys themselves, which other tests cover
-        applied(KvCache(policy=KvPolicy.model_validate(POLICIES[name]), trees=trees), raised(family))  # type: ignore[arg-type]
+        part = KvCache(policy=KvPolicy.model_validate(POLICIES[name]), trees=trees)  # type: ignore[arg-type]
+        close(probe(applied(part, raised(family)), token_ids(2, 12))["logits"], eager(model(family), token_ids(2, 12)))
 
 
 @pytest.mark.parametrize("name", POLICIES)
