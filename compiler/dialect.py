@@ -160,7 +160,7 @@ def _stored_fake(codes: Tensor, width: int) -> Tensor:
 
 @_op("stored_int8", lambda codes, scale: _stored_fake(codes, codes.shape[3]))
 def stored_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """Rows [N,G,T,D] of int8 codes [N,G,T,D] with a scale [N,G,T,1] each (`runtime/kv/stores`, as all that follow)."""
+    """Rows [N,G,T,D] of codes [N,G,T,D] with a scale for each row or column (`runtime/kv/stores`, as all that follow)."""
     return codes.float() * scale.float()
 
 

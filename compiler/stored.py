@@ -58,11 +58,18 @@ def _gear(edit: Editor, store: Store, arrays: Arrays, part: Part) -> Node:
     extra = [arrays.get(name) for name in ("left", "right", "places", "deltas")]
     if not any(extra):
         return rows
+    if "left_scale" in arrays:
+        extra[:2] = [_scaled(edit, arrays[name], arrays[f"{name}_scale"]) for name in ("left", "right")]
     return edit.call(OPS.stored_corrected.default, rows, *extra, 2 if part == "key" else 3)
 
 
 def _bitmap(edit: Editor, store: Store, arrays: Arrays, part: Part) -> Node:
-    return edit.call(OPS.stored_bitmap.default, arrays["bits"], arrays["values"])
+    rows = edit.call(OPS.stored_bitmap.default, arrays["bits"], arrays["values"])
+    return _scaled(edit, rows, arrays["scale"]) if "scale" in arrays else rows
+
+
+def _scaled(edit: Editor, codes: Node, scale: Node) -> Node:
+    return edit.call(OPS.stored_int8.default, codes, scale)
 
 
 _DECODERS: dict[type[Store], Callable[[Editor, Store, Arrays, Part], Node]] = {

@@ -124,6 +124,10 @@ class PolicyCache(Cache):
         """Queries [R',H,D] of the rows from `first` on of the pass that was just made, by state; views are enough."""
         self._seen[sequence] = first, dict(queries)
 
+    def seen(self, sequence: int) -> Mapping[str, Floats]:
+        """The queries of the last pass."""
+        return self._seen[sequence][1]
+
     # ---- what it takes ----
 
     def bytes(self) -> int:

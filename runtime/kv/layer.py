@@ -46,7 +46,7 @@ class Body:
     """Stored blocks of one layer, behind each other in memory."""
 
     def __init__(self, spec: LayerSpec, store: Store, policy: KvPolicy) -> None:
-        self.spec, self.store, self.select = spec, store, policy.select
+        self.spec, self.store, self.select, self.evicts = spec, store, policy.select, policy.evict is not None
         self.count = 0  # blocks
         self.fitted: dict[Part, Payload] = {}
         self._arrays: dict[str, np.ndarray] = {}  # [capacity, ...]
@@ -64,8 +64,8 @@ class Body:
             blocks["key"] = self.spec.rope.turn(blocks["key"], places, back=True)
         self.fitted = self.fitted or {part: self.store.fit(blocks[part], part) for part in PARTS}
         new: Payload = {f"stats.{name}": array for name, array in stats.items()}
-        if self.store.before_rope:
-            new["positions"] = places.astype(np.int32)
+        if self.store.before_rope:  # all heads have the same rows where none were evicted
+            new["positions"] = (places if self.evicts else places[:, :1]).astype(np.int32)
         for part in PARTS:
             payload = self.store.encode(blocks[part], part, self.fitted[part])
             new |= {f"{part}.{name}": array for name, array in payload.items()}

@@ -167,8 +167,8 @@ POLICIES: dict[str, dict[str, Any]] = {
     "bfloat16": {"store": {"dense": {"dtype": "bfloat16"}}, "window": 8, "sinks": 3},
     "int8": {"store": "int8", "window": 8, "layers": [1]},
     "quantized": {"store": {"quantized": {"bits": 4, "group": 8}}, "window": 8},
-    "gear": {"store": {"gear": {"bits": 2, "group": 8, "rank": 2, "outliers": 0.04}}, "window": 8},
-    "bitmap": {"store": {"bitmap": {"keep": 4}}, "window": 8},
+    "gear": {"store": {"gear": {"bits": 2, "group": 8, "rank": 2, "outliers": 0.04, "factors": "int8"}}, "window": 8},
+    "bitmap": {"store": {"bitmap": {"keep": 4, "dtype": "int8"}}, "window": 8},
     "pages": {"store": "int8", "select": {"pages": {"budget": 64}}, "window": 8, "sinks": 4},
     "low_rank": {"store": {"low_rank": {"rank": 8}}, "select": {"landmarks": {"budget": 64, "outliers": 2, "interval": 3}}, "window": 8},
     "together": {

@@ -39,14 +39,14 @@ def restored(store: Store, x: np.ndarray, part: str) -> np.ndarray:
         (Int8(), 0.5 / 127 + 1e-3),
         (Quantized(bits=8, group=16), 1 / 255),
         (Quantized(bits=4, group=16), 1.1 / 15),
-        (Gear(bits=2, group=16, rank=64), 2e-3),
+        (Gear(bits=2, group=16, rank=64), 4e-3),
+        (Gear(bits=4, group=16, rank=4, factors="int8", outliers=0.05), 1.1 / 15),
+        (Bitmap(keep=16, dtype="int8"), 1.0),
         (LowRank(rank=2 * max(WIDTHS)), 1e-3),
     ],
 )
 def test_error_is_bounded(store: Store, bound: float, part: str, width: int) -> None:
     x = rows(width)
-    if isinstance(store, Gear):
-        bound = 4e-3
     assert np.abs(restored(store, x, part) - x).max() <= bound * np.abs(x).max()
 
 

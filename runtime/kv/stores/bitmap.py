@@ -10,13 +10,14 @@ from pydantic import Field
 
 from planc.runtime.engine import Floats
 from planc.runtime.kv.stores.base import Part, Payload, Store
+from planc.runtime.kv.stores.int8 import Int8
 
 
 class Bitmap(Store):
     """Keeps the `keep` numbers of largest magnitude of every key and value; the stride is constant, so every row has its place."""
 
     keep: int = Field(ge=1, description="numbers that stay of each row and head")
-    dtype: Literal["float32", "float16"] = Field("float16", description="format of those numbers")
+    dtype: Literal["float32", "float16", "int8"] = Field("float16", description="format of those numbers; int8: with one scale per row")
     mask: Literal["magnitude", "random", "channels"] = Field(
         "magnitude",
         description="which ones: those of largest magnitude; to compare with: any, or the same channels for all rows of a block",
@@ -29,19 +30,23 @@ class Bitmap(Store):
         return None if width % 8 == 0 else f"a width of {width} is no multiple of 8"
 
     def encode(self, rows: Floats, part: Part, fitted: Payload) -> Payload:
-        """`bits` [N,G,T,D/8] uint8, low bits first, and `values` [N,G,T,keep]. Made from the mask: a zero may be among what is kept."""
+        """`bits` [N,G,T,D/8] uint8, low bits first, and `values` [N,G,T,keep], in int8 with `scale` [N,G,T,1].
+
+        The bitmap is made from the mask, not from what is not zero: a zero may be among what is kept.
+        """
         kept = _MASKS[self.mask](rows, self.keep)
-        return {
-            "bits": np.packbits(kept, axis=-1, bitorder="little"),
-            "values": rows[kept].reshape(*rows.shape[:-1], self.keep).astype(self.dtype),
-        }
+        bits, values = np.packbits(kept, axis=-1, bitorder="little"), rows[kept].reshape(*rows.shape[:-1], self.keep)
+        if self.dtype != "int8":
+            return {"bits": bits, "values": values.astype(self.dtype)}
+        own = Int8().encode(values, part, {})
+        return {"bits": bits, "values": own["codes"], "scale": own["scale"]}
 
     def decode(self, payload: Payload, part: Part, fitted: Payload) -> Floats:
         """Zeros where the bitmap has none."""
         kept = np.unpackbits(payload["bits"], axis=-1, bitorder="little").astype(bool)
         rows: Floats = np.zeros(kept.shape, np.float32)
         rows[kept] = payload["values"].reshape(-1)
-        return rows
+        return rows * payload["scale"].astype(np.float32) if "scale" in payload else rows
 
 
 def magnitude(rows: Floats, keep: int) -> NDArray[np.bool_]:

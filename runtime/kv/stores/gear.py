@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 from pydantic import Field
 
 from planc.runtime.engine import Floats
 from planc.runtime.kv.stores.base import Part, Payload
+from planc.runtime.kv.stores.int8 import Int8
 from planc.runtime.kv.stores.quantized import Quantized
 
 _LOOPS = 3  # of the power iteration
@@ -16,10 +19,12 @@ class Gear(Quantized):
     """`Quantized` plus, per block and head, the error's best `rank` directions and a share of `outliers`."""
 
     rank: int = Field(4, ge=0, le=64, description="directions of the quantisation error that are kept")
+    factors: Literal["float16", "int8"] = Field("float16", description="format of the directions; int8: with one scale each")
     outliers: float = Field(0.0, ge=0.0, le=0.5, description="share of the numbers kept apart: half of them largest, half smallest")
 
     def encode(self, rows: Floats, part: Part, fitted: Payload) -> Payload:
-        """That of `Quantized`, and `left` [N,G,T,rank], `right` [N,G,D,rank], `places` and `deltas` [N,G,o,D] of keys, [N,G,T,o] of values."""
+        """That of `Quantized`, and `left` [N,G,T,rank], `right` [N,G,D,rank], in int8 with scales [N,G,1,rank], and the outliers: `places` and
+        `deltas` [N,G,o,D] of keys, [N,G,T,o] of values."""
         axis = 2 if part == "key" else 3  # outliers are sought along the tokens of a channel, or the channels of a token
         places = self._places(rows, axis)
         plain = rows.copy()
@@ -32,14 +37,19 @@ class Gear(Quantized):
             np.put_along_axis(error, places, 0.0, axis)
         if self.rank:
             left, right = power_iteration(error, min(self.rank, *rows.shape[2:]))
-            payload |= {"left": left.astype(np.float16), "right": right.astype(np.float16)}
+            for name, factor in (("left", left), ("right", right)):
+                if self.factors == "int8":
+                    own = Int8().encode(factor.swapaxes(-1, -2), part, {})
+                    payload |= {name: np.ascontiguousarray(own["codes"].swapaxes(-1, -2)), f"{name}_scale": own["scale"].swapaxes(-1, -2)}
+                else:
+                    payload[name] = factor.astype(np.float16)
         return payload
 
     def decode(self, payload: Payload, part: Part, fitted: Payload) -> Floats:
         """Backbone plus error plus outliers."""
         rows = super().decode(payload, part, fitted)
         if "left" in payload:
-            rows = rows + payload["left"].astype(np.float32) @ payload["right"].astype(np.float32).swapaxes(-1, -2)
+            rows = rows + _factor(payload, "left") @ _factor(payload, "right").swapaxes(-1, -2)
         if "places" in payload:
             axis, places = 2 if part == "key" else 3, payload["places"].astype(np.int64)
             found = np.take_along_axis(rows, places, axis)
@@ -52,6 +62,11 @@ class Gear(Quantized):
         order = np.argsort(rows, axis=axis, kind="stable")
         size = rows.shape[axis]
         return np.concatenate([order.take(range(count), axis), order.take(range(size - count, size), axis)], axis)
+
+
+def _factor(payload: Payload, name: str) -> Floats:
+    factor: Floats = payload[name].astype(np.float32)
+    return factor * payload[f"{name}_scale"].astype(np.float32) if f"{name}_scale" in payload else factor
 
 
 def power_iteration(error: Floats, rank: int) -> tuple[Floats, Floats]:

@@ -23,7 +23,9 @@ class LowRank(Store):
     before_rope: ClassVar[bool] = True
     in_graph: ClassVar[bool] = False
     rank: int = Field(ge=1, description="numbers that are kept of a token's keys, of all heads together")
-    values: Literal["float32", "float16", "int8"] = Field("float16", description="format of the values")
+    values: Literal["float32", "float16", "int8"] = Field(
+        "float16", description="format of the values; float32 is that of the keys' numbers, too"
+    )
 
     def fit(self, rows: Floats, part: Part) -> Payload:
         """`basis` [G,rank,D] of keys."""
@@ -35,10 +37,11 @@ class LowRank(Store):
         return {"basis": np.ascontiguousarray(vectors.T.reshape(-1, heads, width).swapaxes(0, 1), np.float32)}
 
     def encode(self, rows: Floats, part: Part, fitted: Payload) -> Payload:
-        """`left` [N,1,T,rank] float16 of keys; values as their format has them."""
+        """`left` [N,1,T,rank] of keys; values as their format has them."""
         if part == "value":
             return self._values.encode(rows, part, {})
-        return {"left": np.einsum("ngtd,grd->ntr", rows, fitted["basis"])[:, None].astype(np.float16)}
+        wide = self.values == "float32"  # to the last bit, then, of keys as well
+        return {"left": np.einsum("ngtd,grd->ntr", rows, fitted["basis"])[:, None].astype(np.float32 if wide else np.float16)}
 
     def decode(self, payload: Payload, part: Part, fitted: Payload) -> Floats:
         """Keys before they are turned."""
