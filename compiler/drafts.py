@@ -160,12 +160,17 @@ def _write(planned: Planned, model: Any, plan: Plan, target: Path, measure: bool
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
     """The draft model's own plan: plain decoding, for the same target."""
     if part.plan is None:
-        return Plan(Source(str(plan.folder / "draft.yaml")), passes=(*plan.passes, *part.passes), target=plan.target)
+        # a draft model's cache follows no policy: nobody tells it where a prompt ends, and it goes back as far as drafts are rejected
+        passes = (p.model_copy(update={"policy": None}) if isinstance(p, KvCache) else p for p in (*plan.passes, *part.passes))
+        return Plan(Source(str(plan.folder / "draft.yaml")), passes=tuple(passes), target=plan.target)
     own = Plan.from_yaml(_beside(plan, part.plan))
     if own.decode.speculative is not None:
         raise PlanError(
             "plan-conflict", f"the draft model's plan {part.plan} drafts itself", plan=place, fix="remove `speculative` from it"
         )
+    if any(isinstance(p, KvCache) and p.policy is not None for p in own.passes):
+        message = f"{part.plan} gives the draft model's cache a policy, and nobody tells it where a prompt ends"
+        raise PlanError("plan-conflict", message, plan=place, fix="remove `policy` from it")
     if own.target.backend != "onnx":
         raise PlanError(
             "plan-conflict", f"{part.plan} is for the {own.target.backend} backend", plan=place, fix="use `backend: onnx` there"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
 
+from planc.compiler.cache_conflicts import check_cache
 from planc.compiler.plan_source import Source, YamlPath, dotted, dump, explain, read
 from planc.compiler.search.spec import Search, check_search
 from planc.runtime.decode import Decode
@@ -80,6 +81,7 @@ class Plan(BaseModel):
         self._source = source
         _check_target(self)
         _check_relations(self)
+        check_cache(self)
         if self.search is not None:
             check_search(self)
 

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+from planc.runtime.kv import KvPolicy, LayerSpec
+
 MAIN = "main"
 
 
@@ -38,6 +40,7 @@ class KVState:
     dtype: torch.dtype
     window: int = 0
     split: bool = False  # attention as separate products, see passes/kv_cache
+    layer: LayerSpec | None = None  # what a cache with a policy must know of it
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,7 @@ class Program:
     info: ModelInfo
     states: tuple[KVState, ...] = ()
     history: tuple[Change, ...] = ()
+    policy: KvPolicy | None = None  # of the cache
 
     @property
     def main(self) -> Graph:

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract, Exactness
 from planc.runtime.controller import Controller, linear_cost
-from planc.runtime.decode import Batching, Decode
+from planc.runtime.decode import Batching, Decode, Tree
 from planc.runtime.drafters import Drafter, Host, Loaded
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.errors import ArtifactError, InputError
@@ -285,7 +285,10 @@ class Executable:
 
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
-        decode = self.decode.model_copy(update={"speculative": None, "min_rows": self.min_rows})
+        speculative = None
+        if self.engine.spec.guesses and self.decode.speculative is not None:  # the drafters still say what follows a prompt
+            speculative = self.decode.speculative.model_copy(update={"tree": Tree(budget=0)})
+        decode = self.decode.model_copy(update={"speculative": speculative, "min_rows": self.min_rows})
         return Executable(self.engine, self.text, decode, self.contract, self.manifest, self.directory, self.models)
 
     def save(self, directory: str | Path) -> Path:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planc.runtime.engine import EngineSpec, Floats, Ints, Outputs, Step
+from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 
 _M = np.uint64(0xBF58476D1CE4E5B9)
 _N = np.uint64(0x94D049BB133111EB)
@@ -26,7 +26,7 @@ def _mix(h: int, size: int) -> NDArray[np.float64]:
     return (z >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-class ToyCache:
+class ToyCache(Cache):
     def __init__(self, batch: int, capacity: int) -> None:
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
