@@ -18,9 +18,13 @@ from planc.runtime.errors import InputError, PlancError
 if TYPE_CHECKING:
     from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
+    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
+
+#: What plans that fill masked slots are compared with.
+ONE_A_PASS: dict[str, Any] = {"select": "top_k", "cache": "uncached", "fusion": None, "stop": None, "revise": None, "end": None}
 
 #: Exit statuses: wrong input, and Ctrl-C.
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -89,18 +93,22 @@ def run(
     chat: Chat = None,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="run the plain plan too, for the ratio")] = True,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="colour what each drafter guessed; -vv: every pass")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="masked slots: show the canvas after every pass")] = False,
+    picture: Annotated[
+        list[Path] | None, typer.Option("--png", "--gif", help="masked slots: draw when each was written and how surely; may be repeated")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
     from planc._load import text_only
     from planc.compiler.store import open_any
+    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
     opened, stored = open_any(plan, model)
     if isinstance(opened, Classifier):
         _classify(opened, prompt, stored, as_json)
         return
-    exe = text_only(opened)
     if len(prompt) > 1:
         raise InputError("input-invalid", f"there are {len(prompt)} prompts", fix="quote the prompt")
     text = sys.stdin.read() if prompt[0] == "-" else prompt[0]
@@ -115,6 +123,10 @@ def run(
         "stop": stop or None,
         "chat": chat,
     }
+    if isinstance(opened, Filler):
+        _fill(opened, text, settings, stored, compare, trace, picture or (), as_json)
+        return
+    exe = text_only(opened)
     paired = compare and exe.decode.speculative is not None
     plain = exe.plain() if paired else None
     if plain is not None:
@@ -142,6 +154,60 @@ def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool)
         answers = [{"image": name, "classes": [vars(p) for p in best]} for name, best in zip(images, found, strict=True)]
         times = {"compile_s": stored.compile_s, "cached": stored.cached}
         _print_json({"images": answers, "ms_per_image": round(ms, 3), "artifact": str(stored.directory), **times})
+
+
+def _fill(
+    exe: Filler, text: str, settings: dict[str, Any], stored: Stored, compare: bool, trace: bool, pictures: Iterable[Path], as_json: bool
+) -> None:
+    """Fill an answer, and say what it cost beside one slot a pass by the whole model."""
+    from planc.compiler import canvas_view
+    from planc.runtime.filler import Filled
+
+    if settings.pop("stop") or settings.pop("repetition_penalty"):
+        raise InputError(
+            "input-invalid", "models that fill masked slots know no stop strings and no repetition penalty", fix="leave them out"
+        )
+    word, console = canvas_view.words_of(exe.text, exe.eos_ids), Console(highlight=False)
+    plain = exe.with_plan(**ONE_A_PASS) if compare else exe
+    for warm in (plain, exe):  # both sides of the pair run warm
+        warm.generate(text, **settings)
+    reference = plain.generate(text, **settings) if compare else None
+    answer: Filled | None = None
+    for frame in exe.stream(text, **settings):
+        if trace:
+            console.print(canvas_view.line(frame.canvases[0], word))
+        answer = frame.finished[0][1] if frame.finished else answer
+    assert answer is not None and not isinstance(reference, list)
+    print(answer.text if exe.text.tokenizer is not None else " ".join(map(str, answer.ids)))
+    for path in pictures:
+        canvas_view.write_picture(answer, path, f"{answer.stats.passes} passes")
+    stats, report = answer.stats, exe.report()
+    result = {"text": answer.text, "ids": answer.ids, "prompt_tokens": answer.prompt_tokens, "finish_reason": answer.finish_reason}
+    result |= {**vars(stats), "tokens_per_pass": round(stats.tokens_per_pass, 4), "tokens_per_s": round(stats.tokens_per_s, 2)}
+    result |= {
+        "exactness": report["exactness"],
+        "exactness_line": report["exactness_line"],
+        "ratio": None,
+        "plain_passes": None,
+        "identical": None,
+    }
+    parts = [
+        f"{stats.tokens} tokens",
+        f"{stats.tokens_per_s:.1f} tokens/s",
+        f"{stats.passes} passes",
+        f"{stats.tokens_per_pass:.2f} tokens per pass",
+    ]
+    if reference is not None:
+        result |= {"ratio": round(reference.stats.seconds / stats.seconds, 4), "plain_passes": reference.stats.passes}
+        result["identical"] = answer.ids == reference.ids
+        same = "the same tokens" if result["identical"] else "OTHER TOKENS"
+        parts.append(f"{result['ratio']:.2f}x one slot a pass ({reference.stats.passes} passes, {same})")
+    parts.append(f"exactness {report['exactness']}")
+    print("\n" + " | ".join(parts), flush=True)
+    if as_json:
+        trace_rows = [vars(commit) for commit in answer.trace]
+        times = {"artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached}
+        _print_json({**result, "trace": trace_rows, **times})
 
 
 def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int = 0) -> Generation:
@@ -296,7 +362,11 @@ def check(plan: PlanArg, as_json: Json = False) -> None:
         print(f"{number}. {row['stage']:<10} {row['name']}{f' ({options})' if options else ''}{' (demanded)' if row['demanded'] else ''}")
     speculative = checked.decode.speculative
     drafters = ", ".join(drafter.key for drafter in speculative.drafter) if speculative is not None else ""
-    print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
+    if checked.decode.masked is not None:
+        filled = ", ".join(f"{name} {hook.key}" for name, hook in checked.decode.masked.by_name.items() if hook is not None)
+        print(f"decode: masked slots, {filled}")
+    else:
+        print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
     if checked.search is not None:
         print(f"search: {', '.join(space.key for space in checked.search.space)}; `planc search` settles it")
     print(f"target: {checked.target.backend} on {checked.target.device}")

@@ -106,6 +106,37 @@ def cached_attention(
     return out, keys, values
 
 
+@_op(
+    "segment_bias", lambda keys, own: torch.empty((keys.shape[0], 1, own.shape[1], keys.shape[1]), dtype=torch.float32, device=keys.device)
+)
+def segment_bias(keys: Tensor, own: Tensor) -> Tensor:
+    """Additive mask [B,1,R,T]: a row of segment `own` [B,R] sees the keys of segments `keys` [B,T] that are not above its own. int64 both."""
+    return torch.where(keys[:, None] > own[:, :, None], MASKED, 0.0)[:, None]
+
+
+@_op("slot_write", lambda past, new, slots: torch.empty_like(past))
+def slot_write(past: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """The keys or values `past` [B,G,C,D] of a canvas with `new` [B,R,G,D] at `slots` [B,R] int64."""
+    index = slots[:, None, :, None].expand(-1, new.shape[2], -1, new.shape[3])
+    return past.scatter(2, index, new.transpose(1, 2))
+
+
+def _probe_fake(q: Tensor, k: Tensor, bias: Tensor, watched: Tensor, window: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty((q.shape[0], k.shape[1])), q.new_empty((q.shape[0], k.shape[1]))
+
+
+@_op("attention_probe", _probe_fake)
+def attention_probe(
+    q: Tensor, k: Tensor, bias: Tensor, watched: Tensor, window: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """What some rows attend to, beside an attention: q [B,R,H,D], k [B,T,G,D], bias [B,1,R,T] -> two [B,T], means over heads.
+
+    The first is the attention of row `watched` [B] int64, the second the sum of those of the rows that `window` [B,R] weighs.
+    """
+    weights = torch.softmax((_scores(q, k, scale, softcap) + bias).float(), dim=-1).mean(1)  # [B, R, T]
+    return weights[torch.arange(q.shape[0]), watched], (weights * window[:, :, None]).sum(1)
+
+
 @_op("rms_norm", lambda x, weight, eps: torch.empty_like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x [..., K] / root mean square * weight [K], computed in float32."""

@@ -1,0 +1,234 @@
+"""The loop of masked models (papers/A2): a pass, proposals, a decision, writes. It owns correctness and the books; policies only decide.
+
+What it guarantees whatever the policies say: only masked, unlocked slots of the window are written; the mask token never is; every pass that leaves
+masks makes progress, or the loop stops with an error; no more passes than slots and slots taken back; finished rows leave the batch.
+The order is part of the contract: fusion before confidence, early stop before selection, truncation after the writes, re-masking after that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from planc.runtime.engine import Floats, Ints
+from planc.runtime.errors import InputError
+from planc.runtime.masked.canvas import Canvas, Slots
+from planc.runtime.masked.engine import BUCKETS, HIDDEN, MaskedEngine, Query, Reply, SlotCache
+from planc.runtime.masked.hooks import Ask, CacheHook, EndHook, FusionHook, ReviseHook, SelectHook, StopHook, WindowHook
+from planc.runtime.sampling import process
+
+if TYPE_CHECKING:
+    from planc.runtime.decode import Masked, Sampling
+
+
+@dataclass
+class Row:
+    """A canvas and the policies of this row."""
+
+    canvas: Canvas
+    window: WindowHook
+    cache: CacheHook
+    select: SelectHook
+    fusion: FusionHook | None = None
+    stop: StopHook | None = None
+    revise: ReviseHook | None = None
+    end: EndHook | None = None
+    most: int = 0  # passes that the row may take
+
+    @classmethod
+    def of(cls, canvas: Canvas, plan: Masked) -> Row:
+        """A row by the plan's decode section, checked."""
+        plan.check(canvas.field)
+        canvas.segments = plan.cache.segments(canvas)
+        started: dict[str, Any] = {name: None if hook is None else hook.start(canvas) for name, hook in plan.by_name.items()}
+        budget = started["revise"].budget(canvas.field) if started["revise"] is not None else 0
+        return cls(canvas, **started, most=canvas.field + budget + 1)
+
+
+class Filling:
+    """One run of the loop over a batch. Iterating gives, after every round, the canvases that it has advanced."""
+
+    def __init__(self, engine: MaskedEngine, canvases: Sequence[Canvas], plan: Masked, sampling: Sampling) -> None:
+        self.engine, self.plan, self.sampling = engine, plan, sampling
+        self.rows = [Row.of(canvas, plan) for canvas in canvases]
+        self.slots = max(len(canvas.tokens) for canvas in canvases)
+        self.cache: SlotCache | None = None
+        self.passes = 0  # of the engine; rows share them
+
+    def __iter__(self) -> Iterator[list[Canvas]]:
+        for row in self.rows:
+            self._finish_if_full(row)
+        while live := [row for row in self.rows if not row.canvas.done]:
+            asks = []
+            for row in live:
+                canvas = row.canvas
+                canvas.start, canvas.stop, canvas.window = row.window.place(canvas)
+                asks.append(_with_region(row, row.cache.query(canvas)))
+            self._run(live, asks)
+            for row in live:
+                self._advance(row)
+            yield [row.canvas for row in live]
+
+    def _advance(self, row: Row) -> None:
+        """Everything between a pass and the next, for one row."""
+        canvas = row.canvas
+        if canvas.step > row.most:
+            raise _stuck(f"{canvas.step} passes for a field of {canvas.field} slots")
+        self._propose(row)
+        if row.stop is not None and row.stop.all_in(canvas):
+            self._all_in(row)
+        else:
+            slots = canvas.open
+            if not len(slots):
+                raise _stuck("the window has no masked slot")
+            sure = canvas.confidence[slots]
+            chosen = np.asarray(row.select.select(canvas, slots, sure), dtype=bool)
+            reason = "chosen"
+            if not chosen.any():
+                chosen, reason = np.arange(len(slots)) == int(np.argmax(sure)), "progress"
+            canvas.write(slots[chosen], reason)
+        if row.end is not None:
+            if (length := row.end.cut(canvas)) is not None:
+                canvas.cut(length)
+            if (token := row.end.fill(canvas)) is not None:
+                canvas.fill_rest(token)
+        if row.revise is not None and len(again := row.revise.remask(canvas)):
+            canvas.remask(again)
+        self._finish_if_full(row)
+
+    def _propose(self, row: Row) -> None:
+        """H4 and H5: fuse, choose a token for every slot of the query, and say how sure it is. Gaps are of raw logits."""
+        canvas, slots = row.canvas, row.canvas.queried
+        raw = canvas.reply
+        assert raw is not None
+        canvas.gap[slots] = raw.top - raw.second
+        reply = raw if row.fusion is None else row.fusion.fuse(canvas, slots, raw)
+        if self.sampling.temperature > 0.0:
+            canvas.x0[slots], logit = self._sample(canvas, reply)
+        else:
+            canvas.x0[slots], logit = reply.best, reply.top
+        canvas.confidence[slots] = self._confidence(canvas, reply, logit)
+        canvas.asked[slots] = canvas.step
+
+    def _sample(self, canvas: Canvas, reply: Reply) -> tuple[Ints, Floats]:
+        """A token per slot with the row's own noise, and its logit."""
+        assert reply.logits is not None
+        plain = self.sampling.top_k == 0 and self.sampling.top_p == 1.0 and self.sampling.min_p == 0.0
+        wide = reply.logits.astype(np.float64)
+        scores = wide / self.sampling.temperature if plain else np.stack([process(line, self.sampling) for line in reply.logits])
+        tokens = np.argmax(scores + canvas.rng.gumbel(size=scores.shape), axis=-1)  # float64 throughout: float32 noise gives other samples
+        return tokens, np.take_along_axis(reply.logits, tokens[:, None], 1)[:, 0]
+
+    def _confidence(self, canvas: Canvas, reply: Reply, logit: Floats) -> Floats:
+        if self.plan.score == "random":
+            return canvas.rng.random(len(logit)).astype(np.float32)
+        if self.plan.score == "neg_entropy":
+            return reply.mean - reply.total
+        sure: Floats = np.exp(logit - reply.total)
+        return sure - np.exp(reply.second - reply.total) if self.plan.score == "margin" else sure
+
+    def _all_in(self, row: Row) -> None:
+        """Write the proposals of everything that is masked; what the last pass left out gets a pass of its own first."""
+        canvas = row.canvas
+        left = np.flatnonzero(canvas.masked)
+        if (canvas.asked[left] != canvas.step).any():
+            self._run([row], [Ask(np.arange(canvas.length) if self.cache is None else left, "all_in", cached=self.cache is not None)])
+            self._propose(row)
+        canvas.write(left, "all_in")
+
+    def _finish_if_full(self, row: Row) -> None:
+        canvas = row.canvas
+        if not canvas.masked.any():
+            canvas.done = True
+            canvas.finish = "eos" if canvas.ids and canvas.ids[-1] in canvas.ends else "length"
+
+    # ---- passes ------------------------------------------------------------------------------------------------------------------
+
+    def _run(self, rows: Sequence[Row], asks: Sequence[Ask]) -> None:
+        """Rows whose queries have the same form and bucket share a pass; every canvas gets its reply, and its costs are counted."""
+        groups: dict[tuple[str, int], list[tuple[Row, Ask, Slots]]] = {}
+        for row, ask in zip(rows, asks, strict=True):
+            slots = np.union1d(ask.slots, self._sources(ask.slots))
+            if ask.layers is not None:
+                self._by_layer(row, ask, slots)
+                continue
+            size = row.canvas.length if not ask.cached else next((b for b in BUCKETS if b >= len(slots)), self.slots)
+            groups.setdefault(("slots" if ask.cached else "full", size), []).append((row, ask, slots))
+        for (form, _), group in groups.items():
+            width = max(len(slots) for _, _, slots in group)
+            width = next((b for b in BUCKETS if b >= width), width) if form == "slots" else width
+            reply = self.engine.forward(self._cache(form), self._query(group, width), logits=self.sampling.temperature > 0.0)
+            self.passes += 1
+            for b, (row, ask, slots) in enumerate(group):
+                self._take(row.canvas, reply.row(b, np.searchsorted(slots, self._sources(ask.slots))), ask.slots)
+                self._count(row.canvas, ask.mode, len(slots) * self.engine.spec.layers, ask.cached)
+
+    def _query(self, group: Sequence[tuple[Row, Ask, Slots]], width: int) -> Query:
+        cached, end = group[0][1].cached, self.slots if group[0][1].cached else width
+        tokens, places = np.zeros((len(group), width), np.int64), np.full((len(group), width), end, np.int64)
+        segments = np.stack([_padded(row.canvas.visible, end) for row, _, _ in group])
+        tracked = np.zeros((len(group), width, self.engine.spec.tracked), np.int64)
+        for b, (row, _, slots) in enumerate(group):
+            tokens[b, : len(slots)], places[b, : len(slots)] = row.canvas.tokens[slots], slots
+            if row.fusion is not None and self.engine.spec.tracked:
+                about = np.minimum(slots + self.engine.spec.shift, len(row.canvas.tokens) - 1)
+                tracked[b, : len(slots)] = row.fusion.track(row.canvas, about)
+        if not cached:
+            places = np.broadcast_to(np.arange(width), places.shape).copy()
+        numbers = np.array([next(i for i, other in enumerate(self.rows) if other is row) for row, _, _ in group])
+        return Query(numbers, tokens, places, segments, cached, tracked if self.engine.spec.tracked else None)
+
+    def _by_layer(self, row: Row, ask: Ask, slots: Slots) -> None:
+        canvas, layers = row.canvas, ask.layers
+        assert layers is not None
+        query, everything = (self._query([(row, ask, part)], len(part)) for part in (slots, np.arange(canvas.length)))
+        watched = np.resize(layers.watched, self.engine.spec.layers)
+        cache = self._cache("slots")
+        reply, refreshed, found = self.engine.forward_by_layer(cache, query, everything, watched, layers.window, layers.check)
+        self.passes += 1
+        about = np.arange(canvas.length) if refreshed else ask.slots
+        self._take(canvas, reply.row(0, np.searchsorted(found, self._sources(about))), about)
+        reused = self.engine.spec.layers - refreshed + (refreshed > 0)  # the layer that was found stale ran twice
+        self._count(canvas, "refresh" if refreshed else ask.mode, reused * len(slots) + refreshed * canvas.length, True)
+
+    def _sources(self, slots: Slots) -> Slots:
+        """Whose outputs speak about these slots."""
+        return np.maximum(slots - 1, 0) if self.engine.spec.shift else slots
+
+    def _take(self, canvas: Canvas, reply: Reply, slots: Slots) -> None:
+        canvas.reply, canvas.queried = reply, slots
+        canvas.changed.difference_update(map(int, slots))
+        canvas.step += 1
+
+    def _count(self, canvas: Canvas, mode: str, token_layers: int, cached: bool) -> None:
+        cost, spec = canvas.cost, self.engine.spec
+        cost.passes += 1
+        cost.modes[mode] += 1
+        cost.token_layers += token_layers
+        cost.attention_pairs += token_layers * canvas.length
+        cost.kv_bytes += token_layers * spec.slot_bytes // max(1, spec.layers) if cached else 0
+
+    def _cache(self, form: str) -> SlotCache:
+        """Made when it is first needed; nothing of it is left for another run."""
+        if self.cache is None and form == "slots":
+            self.cache = self.engine.new_cache(len(self.rows), self.slots)
+        return self.cache if self.cache is not None else SlotCache({}, self.slots)
+
+
+def _with_region(row: Row, ask: Ask) -> Ask:
+    """A query that also holds what the early stop looks at."""
+    region = row.stop.region(row.canvas) if row.stop is not None else np.zeros(0, dtype=np.int64)
+    return replace(ask, slots=np.union1d(ask.slots, region)) if len(region) else ask
+
+
+def _padded(segments: Ints, size: int) -> Ints:
+    return np.concatenate([segments[:size], np.full(max(0, size - len(segments)), HIDDEN)])
+
+
+def _stuck(message: str) -> InputError:
+    return InputError(
+        "decode-stuck", f"the policies of the decode section make no progress: {message}", fix="use another selection or window"
+    )
