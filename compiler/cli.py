@@ -18,13 +18,9 @@ from planc.runtime.errors import InputError, PlancError
 if TYPE_CHECKING:
     from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
-    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
-
-#: What plans that fill masked slots are compared with.
-ONE_A_PASS: dict[str, Any] = {"select": "top_k", "cache": "uncached", "fusion": None, "stop": None, "revise": None, "end": None}
 
 #: Exit statuses: wrong input, and Ctrl-C.
 WRONG_INPUT, INTERRUPTED = 2, 130
@@ -124,7 +120,11 @@ def run(
         "chat": chat,
     }
     if isinstance(opened, Filler):
-        _fill(opened, text, settings, stored, compare, trace, picture or (), as_json)
+        from planc.compiler.masked_cli import fill
+
+        result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
+        if as_json:
+            _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
         return
     exe = text_only(opened)
     paired = compare and exe.decode.speculative is not None
@@ -154,60 +154,6 @@ def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool)
         answers = [{"image": name, "classes": [vars(p) for p in best]} for name, best in zip(images, found, strict=True)]
         times = {"compile_s": stored.compile_s, "cached": stored.cached}
         _print_json({"images": answers, "ms_per_image": round(ms, 3), "artifact": str(stored.directory), **times})
-
-
-def _fill(
-    exe: Filler, text: str, settings: dict[str, Any], stored: Stored, compare: bool, trace: bool, pictures: Iterable[Path], as_json: bool
-) -> None:
-    """Fill an answer, and say what it cost beside one slot a pass by the whole model."""
-    from planc.compiler import canvas_view
-    from planc.runtime.filler import Filled
-
-    if settings.pop("stop") or settings.pop("repetition_penalty"):
-        raise InputError(
-            "input-invalid", "models that fill masked slots know no stop strings and no repetition penalty", fix="leave them out"
-        )
-    word, console = canvas_view.words_of(exe.text, exe.eos_ids), Console(highlight=False)
-    plain = exe.with_plan(**ONE_A_PASS) if compare else exe
-    for warm in (plain, exe):  # both sides of the pair run warm
-        warm.generate(text, **settings)
-    reference = plain.generate(text, **settings) if compare else None
-    answer: Filled | None = None
-    for frame in exe.stream(text, **settings):
-        if trace:
-            console.print(canvas_view.line(frame.canvases[0], word))
-        answer = frame.finished[0][1] if frame.finished else answer
-    assert answer is not None and not isinstance(reference, list)
-    print(answer.text if exe.text.tokenizer is not None else " ".join(map(str, answer.ids)))
-    for path in pictures:
-        canvas_view.write_picture(answer, path, f"{answer.stats.passes} passes")
-    stats, report = answer.stats, exe.report()
-    result = {"text": answer.text, "ids": answer.ids, "prompt_tokens": answer.prompt_tokens, "finish_reason": answer.finish_reason}
-    result |= {**vars(stats), "tokens_per_pass": round(stats.tokens_per_pass, 4), "tokens_per_s": round(stats.tokens_per_s, 2)}
-    result |= {
-        "exactness": report["exactness"],
-        "exactness_line": report["exactness_line"],
-        "ratio": None,
-        "plain_passes": None,
-        "identical": None,
-    }
-    parts = [
-        f"{stats.tokens} tokens",
-        f"{stats.tokens_per_s:.1f} tokens/s",
-        f"{stats.passes} passes",
-        f"{stats.tokens_per_pass:.2f} tokens per pass",
-    ]
-    if reference is not None:
-        result |= {"ratio": round(reference.stats.seconds / stats.seconds, 4), "plain_passes": reference.stats.passes}
-        result["identical"] = answer.ids == reference.ids
-        same = "the same tokens" if result["identical"] else "OTHER TOKENS"
-        parts.append(f"{result['ratio']:.2f}x one slot a pass ({reference.stats.passes} passes, {same})")
-    parts.append(f"exactness {report['exactness']}")
-    print("\n" + " | ".join(parts), flush=True)
-    if as_json:
-        trace_rows = [vars(commit) for commit in answer.trace]
-        times = {"artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached}
-        _print_json({**result, "trace": trace_rows, **times})
 
 
 def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int = 0) -> Generation:
@@ -299,7 +245,10 @@ def compile_plan(
 @app.command()
 def bench(
     plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="plan files or artifacts", show_default=False)],
-    prompts: Annotated[str, typer.Option(help='file: JSON lines {"id", "category", "turns"}, or a prompt a line', show_default=False)],
+    prompts: Annotated[
+        str | None, typer.Option(help='file: JSON lines {"id", "category", "turns"}, or a prompt a line', show_default=False)
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="tasks that can be judged, in place of --prompts: parallelbench")] = None,
     model: Model = DEFAULT_MODEL,
     limit: Annotated[int | None, typer.Option(help="prompts in all, evenly from every category")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
@@ -322,6 +271,16 @@ def bench(
     from planc.compiler.quality import BUNDLED
 
     errors = Console(stderr=True)
+    if suite is not None or prompts is None:
+        from planc.compiler.masked_cli import suite_of
+
+        columns, rows, judged = suite_of(suite, plans, model, limit, lambda line: errors.print(line, markup=False, highlight=False))
+        if output is not None:
+            race.save(judged, output)
+        _print_table(columns, rows)
+        if as_json:
+            _print_json(judged)
+        return
     options = race.Options(
         model=model,
         max_new_tokens=max_new_tokens,
@@ -342,6 +301,37 @@ def bench(
         console.print(race.quality_table(result))
     if as_json:
         _print_json(result)
+
+
+@app.command()
+def fit(
+    plan: PlanArg,
+    model: Model = DEFAULT_MODEL,
+    prompts: Annotated[str | None, typer.Option(help="file of prompts to learn from, as for `bench`", show_default=False)] = None,
+    suite: Annotated[str | None, typer.Option(help="learn from examples of these tasks: parallelbench")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="prompts in all")] = 400,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    as_json: Json = False,
+) -> None:
+    """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
+    from planc.compiler.bench import load_prompts
+    from planc.compiler.fit import fit as fit_plan
+    from planc.compiler.plan import Plan
+    from planc.compiler.suites.run import SUITES, draw, trained_tasks
+
+    if (prompts is None) == (suite is None) or (suite is not None and suite not in SUITES):
+        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
+    tasks = trained_tasks(model)
+    texts = (
+        [prompt.text for prompt in load_prompts(prompts, limit)]
+        if prompts is not None
+        else [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
+    )
+    found = fit_plan(Plan.from_yaml(plan), model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
+    for key, figures in found.items():
+        print(f"{key}: {figures['file']}")
+    if as_json:
+        _print_json({"plan": str(plan), "model": model, "fitted": found})
 
 
 @app.command()

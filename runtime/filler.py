@@ -20,6 +20,9 @@ from planc.runtime.text import Text
 
 BATCH = 8  #: canvases that share passes
 
+#: What plans that fill masked slots are compared with.
+ONE_A_PASS: dict[str, Any] = {"select": "top_k", "cache": "uncached", "fusion": None, "stop": None, "revise": None, "end": None}
+
 
 @dataclass(frozen=True)
 class FillStats:

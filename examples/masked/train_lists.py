@@ -30,6 +30,7 @@ MASK, EOT = "[MASK]", "[EOT]"
 WORDS = (NOTHING, ANSWER, SEPARATOR, EOT, MASK, *TRAINED, *(f"#{i}" for i in range(LONGEST + 1)), *DIGITS, *ITEMS)
 IDS = {word: i for i, word in enumerate(WORDS)}
 PROMPT, FIELD = 4 + LONGEST + 1, 24
+THETA = 100.0  # of the rotary positions: there are 41, and the usual 10000 would leave most frequencies unused
 
 TEMPLATE = (
     "{% set words = messages[0]['content'].split() %}{{ words[0] }} {{ words[1] }} {{ words[2] }} #{{ words | length - 3 }}"
@@ -81,6 +82,7 @@ def build(width: int, layers: int, heads: int, inner: int) -> LlamaForCausalLM:
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=64,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
         tie_word_embeddings=True,
         bos_token_id=None,
         eos_token_id=IDS[EOT],
@@ -105,7 +107,7 @@ def save(module: nn.Module, out: Path) -> None:
         "vocab_size": c.vocab_size,
         "max_sequence_length": c.max_position_embeddings,
         "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": 10000.0,
+        "rope_theta": THETA,
         "weight_tying": True,
         "mask_token_id": IDS[MASK],
         "eos_token_id": IDS[EOT],
@@ -187,7 +189,7 @@ def train(args: argparse.Namespace) -> None:
         if step % (10 * args.every) == 0:
             held = {name: value.detach().clone() for name, value in module.named_parameters()}
             module.load_state_dict(average, strict=False)
-            print({"steps": step, **report(module.eval(), count=48)}, flush=True)
+            print({"steps": step, **report(module.eval(), count=8)}, flush=True)
             save(module, args.out)
             module.load_state_dict(held, strict=False)
             module.train()
@@ -201,9 +203,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--width", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--inner", type=int, default=256)
+    parser.add_argument("--inner", type=int, default=344)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)

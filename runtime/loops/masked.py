@@ -89,6 +89,8 @@ class Filling:
             reason = "chosen"
             if not chosen.any():
                 chosen, reason = np.arange(len(slots)) == int(np.argmax(sure)), "progress"
+            if (tokens := row.select.insist(canvas, slots[chosen])) is not None:
+                canvas.x0[slots[chosen]] = tokens
             canvas.write(slots[chosen], reason)
         if row.end is not None:
             if (length := row.end.cut(canvas)) is not None:

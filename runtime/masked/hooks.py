@@ -115,6 +115,10 @@ class SelectHook(Hook):
         """[n] for the open slots of the window, ascending, and their confidence. Where nothing is chosen the loop commits the surest."""
         raise NotImplementedError
 
+    def insist(self, canvas: Canvas, slots: Slots) -> Ints | None:
+        """Tokens to write in place of what the model proposes for these slots: for rules that know better, such as an oracle."""
+        return None
+
 
 class StopHook(Hook):
     """H7: when everything that is left is filled at once."""

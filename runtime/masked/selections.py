@@ -7,7 +7,7 @@ from typing import Annotated
 import numpy as np
 from pydantic import Field
 
-from planc.runtime.engine import Floats
+from planc.runtime.engine import Floats, Ints
 from planc.runtime.masked.canvas import Canvas, Mask, Slots
 from planc.runtime.masked.hooks import SelectHook, Shape, refuse
 
@@ -114,3 +114,7 @@ class Oracle(SelectHook):
     def select(self, canvas: Canvas, slots: Slots, confidence: Floats) -> Mask:
         wanted = np.array(self.reference)[slots - canvas.prompt]
         return np.asarray(canvas.x0[slots] == wanted)
+
+    def insist(self, canvas: Canvas, slots: Slots) -> Ints:
+        """The reference's tokens, where nothing was right and the surest slot is taken."""
+        return np.array(self.reference, dtype=np.int64)[slots - canvas.prompt]

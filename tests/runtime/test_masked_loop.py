@@ -119,14 +119,16 @@ def test_finished_rows_leave_the_batch() -> None:
     assert sum(len(query.rows) for query in engine.queries) == sum(canvas.cost.passes for canvas in canvases)
 
 
-def test_the_oracle_reproduces_its_reference() -> None:
-    """Its answer is the reference's even where commits in parallel change what the model proposes, because the surest slot is a fallback only."""
-    [reference] = fill(ToyEngine(6), ONE)
+@pytest.mark.parametrize("seed", range(5))
+def test_the_oracle_reproduces_its_reference(seed: int) -> None:
+    """Also where a model never proposes some of it."""
+    [reference] = fill(ToyEngine(seed), ONE)
     wanted = tuple(int(t) for t in reference.tokens[4:])
-    [canvas] = fill(ToyEngine(6, sharp=0.1), {**ONE, "select": Oracle(reference=wanted)})
-    by_oracle = [commit for commit in canvas.trace if commit.reason == "chosen"]
-    assert all(wanted[slot - 4] == token for commit in by_oracle for slot, token in zip(commit.slots, commit.tokens, strict=True))
-    assert fill(ToyEngine(6), {**ONE, "select": Oracle(reference=wanted)})[0].cost.passes < 16
+    for engine in (ToyEngine(seed), ToyEngine(seed + 1)):
+        [canvas] = fill(engine, {**ONE, "select": Oracle(reference=wanted)})
+        assert tuple(canvas.tokens[4:]) == wanted
+        assert canvas.cost.passes <= 16
+    assert fill(ToyEngine(seed), {**ONE, "select": Oracle(reference=wanted)})[0].cost.passes < 16
 
 
 # ---- traps -------------------------------------------------------------------------------------------------------------------------
