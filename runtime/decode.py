@@ -13,6 +13,8 @@ from planc.runtime.masked import (
     CacheHook,
     EndHook,
     FusionHook,
+    InputsHook,
+    ModelHook,
     ReviseHook,
     SelectHook,
     Shape,
@@ -35,10 +37,13 @@ if TYPE_CHECKING:
     StopItem = StopHook
     ReviseItem = ReviseHook
     EndItem = EndHook
+    InputsItem = InputsHook
+    ModelItem = ModelHook
 else:
     DrafterItem = item_of("drafter")
     WindowItem, CacheItem, FusionItem, SelectItem = (item_of(kind) for kind in ("window", "slot_cache", "fusion", "selection"))
     StopItem, ReviseItem, EndItem = (item_of(kind) for kind in ("stop_rule", "revision", "ending"))
+    InputsItem, ModelItem = (item_of(kind) for kind in ("inputs", "model_choice"))
 
 
 class _Section(BaseModel):
@@ -179,6 +184,9 @@ class Masked(_Section):
     stop: StopItem | None = Field(None, description="when everything that is left is filled at once")
     revise: ReviseItem | None = Field(None, description="which decisions are taken back")
     end: EndItem | None = Field(None, description="what an end token means for what is left")
+    inputs: InputsItem | None = Field(None, description="what slots read, where that is not what was decided there")
+    models: ModelItem | None = Field(None, description="which of two models runs a window")
+    second_model: str | None = Field(None, description="the other one: a name, a directory or an id, as for the first")
     forced: dict[int, int | str] = Field(
         default_factory=dict, description="offset in the field -> the token (its id or its text) that stands there"
     )
@@ -187,7 +195,7 @@ class Masked(_Section):
     @property
     def by_name(self) -> dict[str, Hook | None]:
         """The hooks by the names that the loop has for them."""
-        names = ("window", "cache", "fusion", "select", "stop", "revise", "end")
+        names = ("window", "cache", "fusion", "select", "stop", "revise", "end", "inputs", "models")
         return {name: getattr(self, name) for name in names}
 
     @property
@@ -199,6 +207,8 @@ class Masked(_Section):
     def _fits(self) -> Masked:
         if self.forced and isinstance(self.end, Truncate):
             raise _conflict("`forced` tokens have fixed places, and `truncate` may cut the canvas before them", "remove one of them")
+        if (self.models is None) != (self.second_model is None):
+            raise _conflict("`models` chooses between two, the second of which is `second_model`", "give both or neither")
         return self
 
     def check(self, field: int) -> None:

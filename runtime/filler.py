@@ -18,7 +18,7 @@ from planc.runtime.masked.engine import MaskedEngine
 from planc.runtime.prompts import Prompt, read_prompts
 from planc.runtime.text import Text
 
-BATCH = 8  #: canvases that share passes
+BATCH = 8  #: canvases that share passes, unless an executable's `batch` says otherwise
 
 #: What plans that fill masked slots are compared with.
 ONE_A_PASS: dict[str, Any] = {"select": "top_k", "cache": "uncached", "fusion": None, "stop": None, "revise": None, "end": None}
@@ -95,6 +95,7 @@ class Filler:
         self.contract = contract if contract is not None else manifest.contract if manifest is not None else Contract()
         self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
         self.folder = folder or directory or Path()
+        self.batch = BATCH
         self.decode = self._bound(decode)
 
     def _bound(self, decode: Decode) -> Decode:
@@ -188,8 +189,8 @@ class Filler:
             raise InputError("input-invalid", f"`{self.plan.cache.key}` returns no logits to sample from", fix="use temperature 0")
         size = slots if slots is not None else self.decode.max_new_tokens
         canvases = [self.canvas(prompt, size, wanted.seed, key) for key, prompt in enumerate(prompts)]
-        for start in range(0, len(canvases), BATCH):
-            yield from self._batch(canvases[start : start + BATCH], start, wanted)
+        for start in range(0, len(canvases), self.batch):
+            yield from self._batch(canvases[start : start + self.batch], start, wanted)
 
     def _batch(self, canvases: list[Canvas], first: int, sampling: Sampling) -> Iterator[Frame]:
         begin, told = perf_counter(), set[int]()

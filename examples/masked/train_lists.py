@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from planc.compiler.masked_models import bidirectional, to_llada
+from planc.compiler.masked_models import bidirectional, load_masked_checkpoint, to_llada
 from planc.compiler.suites.parallelbench import ANSWER, DIGITS, ITEMS, LONGEST, NOTHING, SEPARATOR, TASKS, Example
 
 TRAINED = ("copy", "reverse", "replace_index", "replace_random", "insert_random", "shuffle", "sort", "sum", "trace")
@@ -158,6 +158,9 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
     module = build(args.width, args.layers, args.heads, args.inner)
+    if args.resume is not None:
+        module.load_state_dict(load_masked_checkpoint(args.resume, torch.float32).state_dict())
+        module.train()
     parameters = sum(p.numel() for p in module.parameters())
     average = {name: value.detach().clone() for name, value in module.named_parameters()}
     optimiser = torch.optim.AdamW(module.parameters(), lr=args.lr, betas=(0.9, 0.98), weight_decay=0.01)
@@ -201,6 +204,7 @@ def train(args: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--resume", type=Path, default=None, help="a checkpoint to go on from; the optimiser starts anew")
     parser.add_argument("--minutes", type=float, default=25.0)
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)

@@ -17,7 +17,18 @@ from planc.runtime.engine import Floats, Ints
 from planc.runtime.errors import InputError
 from planc.runtime.masked.canvas import Canvas, Slots
 from planc.runtime.masked.engine import BUCKETS, HIDDEN, MaskedEngine, Query, Reply, SlotCache
-from planc.runtime.masked.hooks import Ask, CacheHook, EndHook, FusionHook, ReviseHook, SelectHook, StopHook, WindowHook
+from planc.runtime.masked.hooks import (
+    Ask,
+    CacheHook,
+    EndHook,
+    FusionHook,
+    InputsHook,
+    ModelHook,
+    ReviseHook,
+    SelectHook,
+    StopHook,
+    WindowHook,
+)
 from planc.runtime.sampling import process
 
 if TYPE_CHECKING:
@@ -36,6 +47,9 @@ class Row:
     stop: StopHook | None = None
     revise: ReviseHook | None = None
     end: EndHook | None = None
+    inputs: InputsHook | None = None
+    models: ModelHook | None = None
+    model: int = 0  # the one that ran the last pass
     most: int = 0  # passes that the row may take
 
     @classmethod
@@ -51,12 +65,15 @@ class Row:
 class Filling:
     """One run of the loop over a batch. Iterating gives, after every round, the canvases that it has advanced."""
 
-    def __init__(self, engine: MaskedEngine, canvases: Sequence[Canvas], plan: Masked, sampling: Sampling) -> None:
-        self.engine, self.plan, self.sampling = engine, plan, sampling
+    def __init__(
+        self, engine: MaskedEngine, canvases: Sequence[Canvas], plan: Masked, sampling: Sampling, others: Sequence[MaskedEngine] = ()
+    ) -> None:
+        self.engines, self.plan, self.sampling = (engine, *others), plan, sampling
         self.rows = [Row.of(canvas, plan) for canvas in canvases]
         self.slots = max(len(canvas.tokens) for canvas in canvases)
-        self.cache: SlotCache | None = None
-        self.passes = 0  # of the engine; rows share them
+        self.caches: dict[int, SlotCache] = {}  # by model
+        self.passes = 0  # of the engines; rows share them
+        self.peak_bytes = 0  # of caches
 
     def __iter__(self) -> Iterator[list[Canvas]]:
         for row in self.rows:
@@ -66,11 +83,28 @@ class Filling:
             for row in live:
                 canvas = row.canvas
                 canvas.start, canvas.stop, canvas.window = row.window.place(canvas)
+                if len(canvas.reserved):
+                    canvas.window = canvas.window & np.isin(np.arange(len(canvas.tokens)), canvas.reserved)
+                self._choose_model(row)
                 asks.append(_with_region(row, row.cache.query(canvas)))
+            self._release(live)
             self._run(live, asks)
             for row in live:
                 self._advance(row)
             yield [row.canvas for row in live]
+
+    def _choose_model(self, row: Row) -> None:
+        """H12; keys and values of one model mean nothing to another."""
+        if row.models is None:
+            return
+        window = self.plan.window.number(row.canvas)
+        if (model := row.models.pick(row.canvas, window)) != row.model:
+            row.model, row.cache = model, self.plan.cache.start(row.canvas)
+
+    def _release(self, live: Sequence[Row]) -> None:
+        """Forget the caches of models that no row needs any more."""
+        for model in set(self.caches) - {row.model for row in live}:
+            del self.caches[model]
 
     def _advance(self, row: Row) -> None:
         """Everything between a pass and the next, for one row."""
@@ -92,6 +126,7 @@ class Filling:
             if (tokens := row.select.insist(canvas, slots[chosen])) is not None:
                 canvas.x0[slots[chosen]] = tokens
             canvas.write(slots[chosen], reason)
+            canvas.reserved = row.select.reserve(canvas)
         if row.end is not None:
             if (length := row.end.cut(canvas)) is not None:
                 canvas.cut(length)
@@ -137,7 +172,8 @@ class Filling:
         canvas = row.canvas
         left = np.flatnonzero(canvas.masked)
         if (canvas.asked[left] != canvas.step).any():
-            self._run([row], [Ask(np.arange(canvas.length) if self.cache is None else left, "all_in", cached=self.cache is not None)])
+            cached = row.model in self.caches
+            self._run([row], [Ask(left if cached else np.arange(canvas.length), "all_in", cached=cached)])
             self._propose(row)
         canvas.write(left, "all_in")
 
@@ -151,73 +187,81 @@ class Filling:
 
     def _run(self, rows: Sequence[Row], asks: Sequence[Ask]) -> None:
         """Rows whose queries have the same form and bucket share a pass; every canvas gets its reply, and its costs are counted."""
-        groups: dict[tuple[str, int], list[tuple[Row, Ask, Slots]]] = {}
+        groups: dict[tuple[int, str, int], list[tuple[Row, Ask, Slots]]] = {}
         for row, ask in zip(rows, asks, strict=True):
-            slots = np.union1d(ask.slots, self._sources(ask.slots))
+            slots = np.union1d(ask.slots, self._sources(row, ask.slots))
             if ask.layers is not None:
                 self._by_layer(row, ask, slots)
                 continue
             size = row.canvas.length if not ask.cached else next((b for b in BUCKETS if b >= len(slots)), self.slots)
-            groups.setdefault(("slots" if ask.cached else "full", size), []).append((row, ask, slots))
-        for (form, _), group in groups.items():
+            groups.setdefault((row.model, "slots" if ask.cached else "full", size), []).append((row, ask, slots))
+        for (model, form, _), group in groups.items():
             width = max(len(slots) for _, _, slots in group)
             width = next((b for b in BUCKETS if b >= width), width) if form == "slots" else width
-            reply = self.engine.forward(self._cache(form), self._query(group, width), logits=self.sampling.temperature > 0.0)
+            query = self._query(group, width)
+            reply = self.engines[model].forward(self._cache(model, form), query, logits=self.sampling.temperature > 0.0)
             self.passes += 1
             for b, (row, ask, slots) in enumerate(group):
-                self._take(row.canvas, reply.row(b, np.searchsorted(slots, self._sources(ask.slots))), ask.slots)
-                self._count(row.canvas, ask.mode, len(slots) * self.engine.spec.layers, ask.cached)
+                self._take(row.canvas, reply.row(b, np.searchsorted(slots, self._sources(row, ask.slots))), ask.slots)
+                self._count(row, ask.mode, len(slots) * self.engines[model].spec.layers, ask.cached)
 
     def _query(self, group: Sequence[tuple[Row, Ask, Slots]], width: int) -> Query:
-        cached, end = group[0][1].cached, self.slots if group[0][1].cached else width
+        spec, cached = self.engines[group[0][0].model].spec, group[0][1].cached
+        end = self.slots if cached else width
         tokens, places = np.zeros((len(group), width), np.int64), np.full((len(group), width), end, np.int64)
         segments = np.stack([_padded(row.canvas.visible, end) for row, _, _ in group])
-        tracked = np.zeros((len(group), width, self.engine.spec.tracked), np.int64)
+        tracked = np.zeros((len(group), width, spec.tracked), np.int64)
         for b, (row, _, slots) in enumerate(group):
-            tokens[b, : len(slots)], places[b, : len(slots)] = row.canvas.tokens[slots], slots
-            if row.fusion is not None and self.engine.spec.tracked:
-                about = np.minimum(slots + self.engine.spec.shift, len(row.canvas.tokens) - 1)
+            read = row.canvas.tokens if row.inputs is None else row.inputs.tokens(row.canvas)
+            tokens[b, : len(slots)], places[b, : len(slots)] = read[slots], slots
+            if row.fusion is not None and spec.tracked:
+                about = np.minimum(slots + spec.shift, len(row.canvas.tokens) - 1)
                 tracked[b, : len(slots)] = row.fusion.track(row.canvas, about)
         if not cached:
             places = np.broadcast_to(np.arange(width), places.shape).copy()
         numbers = np.array([next(i for i, other in enumerate(self.rows) if other is row) for row, _, _ in group])
-        return Query(numbers, tokens, places, segments, cached, tracked if self.engine.spec.tracked else None)
+        return Query(numbers, tokens, places, segments, cached, tracked if spec.tracked else None)
 
     def _by_layer(self, row: Row, ask: Ask, slots: Slots) -> None:
-        canvas, layers = row.canvas, ask.layers
+        canvas, layers, engine = row.canvas, ask.layers, self.engines[row.model]
         assert layers is not None
         query, everything = (self._query([(row, ask, part)], len(part)) for part in (slots, np.arange(canvas.length)))
-        watched = np.resize(layers.watched, self.engine.spec.layers)
-        cache = self._cache("slots")
-        reply, refreshed, found = self.engine.forward_by_layer(cache, query, everything, watched, layers.window, layers.check)
+        watched = np.resize(layers.watched, engine.spec.layers)
+        cache = self._cache(row.model, "slots")
+        reply, refreshed, found = engine.forward_by_layer(cache, query, everything, watched, layers.window, layers.check)
         self.passes += 1
         about = np.arange(canvas.length) if refreshed else ask.slots
-        self._take(canvas, reply.row(0, np.searchsorted(found, self._sources(about))), about)
-        reused = self.engine.spec.layers - refreshed + (refreshed > 0)  # the layer that was found stale ran twice
-        self._count(canvas, "refresh" if refreshed else ask.mode, reused * len(slots) + refreshed * canvas.length, True)
+        self._take(canvas, reply.row(0, np.searchsorted(found, self._sources(row, about))), about)
+        reused = engine.spec.layers - refreshed + (refreshed > 0)  # the layer that was found stale ran twice
+        canvas.cost.refreshed_layers += refreshed
+        self._count(row, "refresh" if refreshed else ask.mode, reused * len(slots) + refreshed * canvas.length, True)
 
-    def _sources(self, slots: Slots) -> Slots:
+    def _sources(self, row: Row, slots: Slots) -> Slots:
         """Whose outputs speak about these slots."""
-        return np.maximum(slots - 1, 0) if self.engine.spec.shift else slots
+        return np.maximum(slots - 1, 0) if self.engines[row.model].spec.shift else slots
 
     def _take(self, canvas: Canvas, reply: Reply, slots: Slots) -> None:
         canvas.reply, canvas.queried = reply, slots
         canvas.changed.difference_update(map(int, slots))
         canvas.step += 1
 
-    def _count(self, canvas: Canvas, mode: str, token_layers: int, cached: bool) -> None:
-        cost, spec = canvas.cost, self.engine.spec
+    def _count(self, row: Row, mode: str, token_layers: int, cached: bool) -> None:
+        cost, spec = row.canvas.cost, self.engines[row.model].spec
         cost.passes += 1
         cost.modes[mode] += 1
         cost.token_layers += token_layers
-        cost.attention_pairs += token_layers * canvas.length
+        cost.attention_pairs += token_layers * row.canvas.length
+        cost.multiplications += token_layers * spec.layer_parameters
         cost.kv_bytes += token_layers * spec.slot_bytes // max(1, spec.layers) if cached else 0
 
-    def _cache(self, form: str) -> SlotCache:
+    def _cache(self, model: int, form: str) -> SlotCache:
         """Made when it is first needed; nothing of it is left for another run."""
-        if self.cache is None and form == "slots":
-            self.cache = self.engine.new_cache(len(self.rows), self.slots)
-        return self.cache if self.cache is not None else SlotCache({}, self.slots)
+        if form != "slots":
+            return SlotCache({}, self.slots)
+        if model not in self.caches:
+            self.caches[model] = self.engines[model].new_cache(len(self.rows), self.slots)
+            self.peak_bytes = max(self.peak_bytes, sum(cache.bytes() for cache in self.caches.values()))
+        return self.caches[model]
 
 
 def _with_region(row: Row, ask: Ask) -> Ask:

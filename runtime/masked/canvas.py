@@ -35,7 +35,9 @@ class Cost:
     passes: int = 0
     token_layers: int = 0  # slots that went through a layer, over all layers
     attention_pairs: int = 0  # (query slot, key slot) pairs, over all layers
+    multiplications: int = 0  # of slots with the weights of layers, so that models of different sizes can be compared
     kv_bytes: int = 0  # written
+    refreshed_layers: int = 0  # layers that ran for all slots because one was found stale
     modes: Counter[str] = field(default_factory=Counter)  # what kind of pass -> how often
 
     def add(self, other: Cost) -> None:
@@ -43,7 +45,9 @@ class Cost:
         self.passes += other.passes
         self.token_layers += other.token_layers
         self.attention_pairs += other.attention_pairs
+        self.multiplications += other.multiplications
         self.kv_bytes += other.kv_bytes
+        self.refreshed_layers += other.refreshed_layers
         self.modes.update(other.modes)
 
 
@@ -85,6 +89,7 @@ class Canvas:
         self.commit_step: Ints = np.full(slots, -1, dtype=np.int64)
         self.commit_confidence: Floats = np.zeros(slots, dtype=np.float32)
         self.changed: set[int] = set()  # slots written since they were last run through the network
+        self.reserved: Slots = np.zeros(0, dtype=np.int64)  # slots that the selection will commit in the next steps, in this order
         self.step = 0  # passes so far
         self.remasked = 0
         self.done = False

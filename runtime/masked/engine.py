@@ -37,6 +37,7 @@ class MaskedSpec:
     tracked: int = 0  # K, width of the input `tracked`; 0 where the graph has none
     by_layer: bool = False  # whether the layers can be run one by one
     slot_bytes: int = 0  # bytes of keys and values of one slot in all layers
+    layer_parameters: int = 0  # weights of a layer that a slot meets, on average
 
 
 @dataclass(frozen=True)

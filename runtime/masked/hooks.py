@@ -70,6 +70,10 @@ class WindowHook(Hook):
         """First slot, end and mask [S] of the window; it holds a masked slot wherever the canvas does."""
         raise NotImplementedError
 
+    def number(self, canvas: Canvas) -> int:
+        """Which of the windows is open, counted from 0."""
+        return 0
+
 
 class CacheHook(Hook):
     """H2 and H3: which slots go through the network, and which keys and values stay as they are."""
@@ -114,6 +118,10 @@ class SelectHook(Hook):
     def select(self, canvas: Canvas, slots: Slots, confidence: Floats) -> Mask:
         """[n] for the open slots of the window, ascending, and their confidence. Where nothing is chosen the loop commits the surest."""
         raise NotImplementedError
+
+    def reserve(self, canvas: Canvas) -> Slots:
+        """Slots that the next steps will commit, in order, asked after a write: until they are, the window holds nothing else."""
+        return np.zeros(0, dtype=np.int64)
 
     def insist(self, canvas: Canvas, slots: Slots) -> Ints | None:
         """Tokens to write in place of what the model proposes for these slots: for rules that know better, such as an oracle."""
@@ -160,6 +168,26 @@ class EndHook(Hook):
     def fill(self, canvas: Canvas) -> int | None:
         """Token that fills everything that is left, or None."""
         return None
+
+
+class InputsHook(Hook):
+    """H2: what slots read, where that is not what was decided there."""
+
+    kind: ClassVar[str] = "inputs"
+
+    def tokens(self, canvas: Canvas) -> Ints:
+        """[S] token ids for the network."""
+        raise NotImplementedError
+
+
+class ModelHook(Hook):
+    """H12: which model runs a window. A model that takes over has an empty cache, and reads first what was decided."""
+
+    kind: ClassVar[str] = "model_choice"
+
+    def pick(self, canvas: Canvas, window: int) -> int:
+        """Number of the model for the window with this number, counted from 0."""
+        raise NotImplementedError
 
 
 def refuse(message: str, fix: str) -> PlanError:

@@ -64,18 +64,22 @@ def accepts(weights: tuple[Floats, ...], confidence: Floats) -> Floats:
 
 def read_filter(path: Path) -> tuple[Floats, ...]:
     """The four tensors of a filter. Raises InputError[input-invalid] for a file that is not there, ArtifactError for one that is no filter."""
+    fix = "make it with `planc fit`"
+    weights = read_tensors(path, NAMES, "filter", fix)
+    if weights[0].shape[0] != weights[2].shape[1] or weights[0].shape[1] != weights[2].shape[0]:
+        raise ArtifactError("artifact-corrupt", f"{path.name} is not a filter: its layers do not fit together", where=str(path), fix=fix)
+    return weights
+
+
+def read_tensors(path: Path, names: tuple[str, ...], what: str, fix: str) -> tuple[Floats, ...]:
+    """Named float32 tensors of a file. Raises InputError[input-invalid] where it is not there, ArtifactError where it is something else."""
     try:
         tensors = read_safetensors(path)
-        weights = tuple(tensors[name] for name in NAMES)
-        if weights[0].shape[0] != weights[2].shape[1] or weights[0].shape[1] != weights[2].shape[0]:
-            raise ValueError("its layers do not fit together")
+        return tuple(tensors[name] for name in names)
     except FileNotFoundError as error:
-        raise InputError("input-invalid", f"there is no filter {path.name}", where=str(path), fix="make it with `planc fit`") from error
+        raise InputError("input-invalid", f"there is no {what} {path.name}", where=str(path), fix=fix) from error
     except (OSError, ValueError, LookupError) as error:
-        raise ArtifactError(
-            "artifact-corrupt", f"{path.name} is not a filter: {error}", where=str(path), fix="make it with `planc fit`"
-        ) from error
-    return weights
+        raise ArtifactError("artifact-corrupt", f"{path.name} is not a {what}: {error}", where=str(path), fix=fix) from error
 
 
 def read_safetensors(path: Path) -> dict[str, Floats]:

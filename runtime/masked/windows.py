@@ -34,10 +34,13 @@ class Blocks(WindowHook):
             message = f"blocks of {self.size} slots do not divide a field of {shape.field}"
             raise refuse(message, f"use max_new_tokens: {max(1, round(shape.field / self.size)) * self.size}, or another size")
 
-    def place(self, canvas: Canvas) -> tuple[int, int, Mask]:
+    def number(self, canvas: Canvas) -> int:
         left = np.flatnonzero(canvas.masked)
         first = int(left[0]) if len(left) else canvas.length - 1
-        start = canvas.prompt + (first - canvas.prompt) // self.size * self.size
+        return (first - canvas.prompt) // self.size
+
+    def place(self, canvas: Canvas) -> tuple[int, int, Mask]:
+        start = canvas.prompt + self.number(canvas) * self.size
         return _span(canvas, start, min(start + self.size, canvas.length))
 
 

@@ -16,7 +16,7 @@ from planc.runtime.decode import Decode
 from planc.runtime.engine import Floats
 from planc.runtime.errors import InputError, PlanError
 from planc.runtime.loops.masked import Filling
-from planc.runtime.masked import Canvas, Credit, LearnedFilter, Oracle, SelectHook, WindowHook
+from planc.runtime.masked import Canvas, Credit, GumbelTopK, LearnedFilter, Oracle, SelectHook, WindowHook
 from planc.runtime.masked.canvas import Mask, Slots
 from planc.runtime.masked.engine import Reply, reply_of
 
@@ -385,3 +385,45 @@ def test_replies_on_the_host_are_those_of_the_logits() -> None:
     assert (reply.mean - reply.total)[0, 0] == pytest.approx((p * np.log(p)).sum())
     assert reply.tracked is not None
     assert reply.tracked[0, 0].tolist() == [2.0, 1.0]
+
+
+# ---- masked images -----------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 80), st.sampled_from(["cosine", "power"]))
+def test_schedules_of_images_fill_every_slot(steps: int, field: int, shape: str) -> None:
+    """At least one slot a step, few in the beginning and all in the end."""
+    if steps > field:
+        return
+    counts = GumbelTopK(steps=steps, shape=shape).counts(field)  # type: ignore[arg-type]
+    assert len(counts) == steps and sum(counts) == field and min(counts) >= 1
+
+
+def test_without_local_steps_the_cache_of_groups_is_none() -> None:
+    options = {"select": {"gumbel_top_k": {"steps": 6}}}
+    [local], [plain] = (fill(ToyEngine(5), {**options, "cache": cache}, temperature=1.0) for cache in ("local", "uncached"))
+    assert course(local) == course(plain)
+    assert set(local.cost.modes) == {"fill"}
+
+
+def test_local_steps_run_their_group_alone() -> None:
+    """Slices come in the order of the full step's ranking; nothing outside the group is run or written meanwhile."""
+    engine = ToyEngine(5)
+    [canvas] = fill(engine, {"select": {"gumbel_top_k": {"steps": 8, "full_first": 2, "locals": 2}}, "cache": "local"}, temperature=1.0)
+    assert canvas.cost.modes == {"fill": 4, "local": 4}
+    counts = GumbelTopK(steps=8).counts(16)
+    assert [len(commit.slots) for commit in canvas.trace] == counts
+    groups = [canvas.trace[2:5], canvas.trace[5:8]]
+    for first, group in zip((2, 5), groups, strict=True):
+        slots = {slot for commit in group for slot in commit.slots}
+        for query in engine.queries[first + 1 : first + 3]:
+            assert set(query.slots[0].tolist()) - {20} == slots | {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    "masked", [{"window": BLOCKS, "select": {"gumbel_top_k": {"steps": 4}}}, {"select": {"gumbel_top_k": {"steps": 17}}}]
+)
+def test_image_schedules_that_cannot_finish_are_refused(masked: dict[str, Any]) -> None:
+    with pytest.raises(PlanError, match="do not fill"):
+        fill(ToyEngine(), masked)
