@@ -17,12 +17,21 @@ from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 from planc.runtime.kv import LayerSpec, PolicyCache
 from planc.runtime.rows import bias_of, key_bias, positions_of, states_of
 
+_NO_OPS: Mapping[Any, Callable[..., Any]] = {}
 
-def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *, grad: bool = False) -> Generator[tuple[Node, Any], Any]:
+
+def execute(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    graph: str = MAIN,
+    *,
+    grad: bool = False,
+    ops: Mapping[Any, Callable[..., Any]] = _NO_OPS,
+) -> Generator[tuple[Node, Any], Any]:
     """Every computed node of one graph with its value, in order; last the output node with the outputs by name.
 
     Values are freed as soon as nobody reads them. What is sent back (`send`) takes the place of the value for all readers.
-    With `grad` the outputs can be differentiated.
+    With `grad` the outputs can be differentiated; `ops` take the place of operations.
     """
     values: dict[Any, Any] = {}
     pending = {node: len(node.users) for node in program.graphs[graph].nodes}
@@ -35,7 +44,7 @@ def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *
             yield node, {name: values[value] for name, value in node.args[0].items()}
         else:
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            target: Any = REFERENCES.get(node.target, node.target) if grad else node.target
+            target: Any = ops.get(node.target) or (REFERENCES.get(node.target, node.target) if grad else node.target)
             with torch.set_grad_enabled(grad):  # not around the loop: a generator must not leave the switch set while it waits
                 values[node] = target(*args, **kwargs)
             for source in node.all_input_nodes:
@@ -47,9 +56,16 @@ def execute(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *
                 values[node] = other
 
 
-def run(program: Program, inputs: Mapping[str, Tensor], graph: str = MAIN, *, grad: bool = False) -> dict[str, Tensor]:
+def run(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    graph: str = MAIN,
+    *,
+    grad: bool = False,
+    ops: Mapping[Any, Callable[..., Any]] = _NO_OPS,
+) -> dict[str, Tensor]:
     """Outputs by name of one graph on `inputs` by name."""
-    for node, value in execute(program, inputs, graph, grad=grad):
+    for node, value in execute(program, inputs, graph, grad=grad, ops=ops):
         if node.op == "output":
             return dict(value)
     raise AssertionError("graph without output")

@@ -89,18 +89,22 @@ def run(
     chat: Chat = None,
     compare: Annotated[bool, typer.Option("--compare/--no-compare", help="run the plain plan too, for the ratio")] = True,
     verbose: Annotated[int, typer.Option("--verbose", "-v", count=True, help="colour what each drafter guessed; -vv: every pass")] = 0,
+    trace: Annotated[bool, typer.Option("--trace", help="masked slots: show the canvas after every pass")] = False,
+    picture: Annotated[
+        list[Path] | None, typer.Option("--png", "--gif", help="masked slots: draw when each was written and how surely; may be repeated")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
     from planc._load import text_only
     from planc.compiler.store import open_any
+    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
     opened, stored = open_any(plan, model)
     if isinstance(opened, Classifier):
         _classify(opened, prompt, stored, as_json)
         return
-    exe = text_only(opened)
     if len(prompt) > 1:
         raise InputError("input-invalid", f"there are {len(prompt)} prompts", fix="quote the prompt")
     text = sys.stdin.read() if prompt[0] == "-" else prompt[0]
@@ -115,6 +119,14 @@ def run(
         "stop": stop or None,
         "chat": chat,
     }
+    if isinstance(opened, Filler):
+        from planc.compiler.masked_cli import fill
+
+        result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
+        if as_json:
+            _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+        return
+    exe = text_only(opened)
     paired = compare and exe.decode.speculative is not None
     plain = exe.plain() if paired else None
     if plain is not None:
@@ -233,7 +245,10 @@ def compile_plan(
 @app.command()
 def bench(
     plans: Annotated[list[Path], typer.Argument(metavar="PLAN...", help="plan files or artifacts", show_default=False)],
-    prompts: Annotated[str, typer.Option(help='file: JSON lines {"id", "category", "turns"}, or a prompt a line', show_default=False)],
+    prompts: Annotated[
+        str | None, typer.Option(help='file: JSON lines {"id", "category", "turns"}, or a prompt a line', show_default=False)
+    ] = None,
+    suite: Annotated[str | None, typer.Option(help="tasks that can be judged, in place of --prompts: parallelbench")] = None,
     model: Model = DEFAULT_MODEL,
     limit: Annotated[int | None, typer.Option(help="prompts in all, evenly from every category")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 96,
@@ -256,6 +271,16 @@ def bench(
     from planc.compiler.quality import BUNDLED
 
     errors = Console(stderr=True)
+    if suite is not None or prompts is None:
+        from planc.compiler.masked_cli import suite_of
+
+        columns, rows, judged = suite_of(suite, plans, model, limit, lambda line: errors.print(line, markup=False, highlight=False))
+        if output is not None:
+            race.save(judged, output)
+        _print_table(columns, rows)
+        if as_json:
+            _print_json(judged)
+        return
     options = race.Options(
         model=model,
         max_new_tokens=max_new_tokens,
@@ -279,6 +304,58 @@ def bench(
 
 
 @app.command()
+def fit(
+    plan: PlanArg,
+    model: Model = DEFAULT_MODEL,
+    prompts: Annotated[str | None, typer.Option(help="file of prompts to learn from, as for `bench`", show_default=False)] = None,
+    suite: Annotated[str | None, typer.Option(help="learn from examples of these tasks: parallelbench")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="prompts in all")] = 400,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    work: Annotated[Path | None, typer.Option(help="draft_head: folder from which an interrupted run goes on [default: FILE.fit]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="draft_head: file to write [default: the one that the plan names]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="draft_head: tokens that the target writes to learn from")] = 150_000,
+    steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
+    rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
+    png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
+    as_json: Json = False,
+) -> None:
+    """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
+    from planc.compiler import files
+    from planc.compiler.bench import load_prompts
+    from planc.compiler.fit import fit as fit_plan
+    from planc.compiler.heads.fit import fit_head, head_of_plan
+    from planc.compiler.heads.train import Options
+    from planc.compiler.plan import Plan
+    from planc.compiler.suites.run import SUITES, draw, trained_tasks
+    from planc.runtime.profile import titled_bar
+
+    if (prompts is None) == (suite is None) or (suite is not None and suite not in SUITES):
+        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
+    read = Plan.from_yaml(plan)
+    if prompts is not None:
+        texts = [prompt.text for prompt in load_prompts(prompts, limit)]
+    else:
+        tasks = trained_tasks(model)
+        texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
+    if head_of_plan(read) is not None:
+        options = Options(steps=steps, rate=rate, seed=seed)
+        with titled_bar() as show:
+            made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
+        if png is not None:
+            files.write(png, made.picture(f"{plan.stem} on {model}"))
+        found = {"draft_head": made.as_dict()}
+        print(made)
+    else:
+        found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
+        for key, figures in found.items():
+            print(f"{key}: {figures['file']}")
+    if as_json:
+        _print_json({"plan": str(plan), "model": model, "fitted": found})
+
+
+@app.command()
 def check(plan: PlanArg, as_json: Json = False) -> None:
     """Validate a plan and print its passes, with those that it demands, in the order in which they run."""
     from planc.compiler.compile import demanded
@@ -296,7 +373,11 @@ def check(plan: PlanArg, as_json: Json = False) -> None:
         print(f"{number}. {row['stage']:<10} {row['name']}{f' ({options})' if options else ''}{' (demanded)' if row['demanded'] else ''}")
     speculative = checked.decode.speculative
     drafters = ", ".join(drafter.key for drafter in speculative.drafter) if speculative is not None else ""
-    print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
+    if checked.decode.masked is not None:
+        filled = ", ".join(f"{name} {hook.key}" for name, hook in checked.decode.masked.by_name.items() if hook is not None)
+        print(f"decode: masked slots, {filled}")
+    else:
+        print(f"decode: {f'speculative with {drafters}' if drafters else 'one token a pass'}")
     if checked.search is not None:
         print(f"search: {', '.join(space.key for space in checked.search.space)}; `planc search` settles it")
     print(f"target: {checked.target.backend} on {checked.target.device}")
@@ -355,41 +436,6 @@ def search(
     if as_json:
         plans = [{"file": str(file), **found.as_dict()} for file, found in zip(written, result.found, strict=True)]
         _print_json({"model": model, "plans": plans, "png": str(png) if png else None})
-
-
-@app.command()
-def fit(
-    plan: PlanArg,
-    prompts: Annotated[Path, typer.Option(help="file: JSON lines with `turns` or `prompt`, or a prompt a line", show_default=False)],
-    work: Annotated[Path, typer.Option(help="folder for texts and training; an interrupted run goes on from there", show_default=False)],
-    model: Model = DEFAULT_MODEL,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="file to write [default: the one that the plan names]")] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="tokens that the target writes to learn from")] = 150_000,
-    steps: Annotated[int, typer.Option(min=1, help="steps of training")] = 400,
-    rate: Annotated[float, typer.Option(min=0.0, help="highest learning rate")] = 1e-3,
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    png: Annotated[Path | None, typer.Option(help="draw the loss here")] = None,
-    as_json: Json = False,
-) -> None:
-    """Train the draft head of a plan: the target writes text, and the head learns to guess it. Writes the file that the plan names."""
-    from planc.compiler import files
-    from planc.compiler.heads.fit import fit as fit_head
-    from planc.compiler.heads.texts import read_prompts
-    from planc.compiler.heads.train import Options
-    from planc.compiler.plan import Plan
-    from planc.runtime.profile import titled_bar
-
-    with titled_bar() as show:
-        options = Options(steps=steps, rate=rate, seed=seed)
-        made = fit_head(model, Plan.from_yaml(plan), read_prompts(prompts), work, out=out, tokens=tokens, options=options, progress=show)
-    if png is not None:
-        files.write(png, made.picture(f"{plan.stem} on {model}"))
-    guesses = ", ".join(f"{share:.1%}" for share in made.after.agreement)
-    print(
-        f"{made.file}: {made.steps} steps on {made.tokens} tokens; held out, the first choice is the target's in {guesses} (1st, 2nd .. guess)"
-    )
-    if as_json:
-        _print_json({"model": model, **made.as_dict()})
 
 
 @app.command()

@@ -6,7 +6,7 @@ import atexit
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +19,7 @@ from planc.backends.reference import ReferenceEngine
 from planc.compiler.classify import compile_classifier
 from planc.compiler.drafts import attach_drafts, places_of
 from planc.compiler.image_models import load_classifier
+from planc.compiler.masked import compile_masked
 from planc.compiler.models import LoadedModel, load_model
 from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
@@ -38,6 +39,7 @@ from planc.runtime.contract import Contract, PassEffect, hardware
 from planc.runtime.drafters import DraftHead
 from planc.runtime.errors import PlanError
 from planc.runtime.executable import Executable
+from planc.runtime.filler import Filler
 from planc.runtime.registry import parts
 from planc.runtime.text import Text
 from planc.runtime.vision import Classifier, ImageSpec
@@ -70,8 +72,8 @@ def compile(  # noqa: A001 - the public name
     progress: bool = False,
     image: ImageSpec | dict[str, Any] | int | None = None,
     labels: Sequence[str] | str | Path | None = None,
-) -> Executable | Classifier:
-    """Compile a causal language model, or an image classifier, by a plan.
+) -> Executable | Classifier | Filler:
+    """Compile a language model that writes from left to right or fills masked slots, or an image classifier, by a plan.
 
     Args:
         model: a name of `planc models`, a directory, a GGUF file, a Hugging Face id or a module of transformers.
@@ -109,6 +111,9 @@ def compile(  # noqa: A001 - the public name
             made = compile_classifier(classifier, plan, where, calibration=calibration, disable=disable, note=note)
             return made if isinstance(made, Classifier) else load(made, verify=False)
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
+        if plan.decode.masked is not None:
+            filled = compile_masked(planned, lambda: Path(out) if out is not None else _temporary(), note)
+            return filled if isinstance(filled, Filler) else load(filled, verify=False)
         finish: Callable[[Any, Any], Contract] = measured(planned, note) if measure else lambda engine, spec: _unmeasured(planned)
         if planned.plan.target.backend == "reference":
             return _reference(planned, finish)
@@ -136,6 +141,8 @@ def rewrite(
     loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)
     note("tracing")
     program = raised(loaded)
+    if chosen.decode.masked is not None and chosen.decode.masked.mask_token is not None:
+        program = program.replace(info=replace(program.info, mask_id=chosen.decode.masked.mask_token))
     ids = text_ids(loaded)
     context = context_of(chosen, loaded, ids, calibration)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
@@ -146,6 +153,8 @@ def rewrite(
 def raised(loaded: LoadedModel) -> Program:
     """The model in the dialect, before any pass."""
     info = ModelInfo(loaded.name, loaded.vocab_size, loaded.max_length, loaded.eos_ids, loaded.gguf, loaded.tokenizer_files)
+    if loaded.mask is not None:
+        info = replace(info, mask_id=loaded.mask.mask_id, shift=loaded.mask.shift)
     program = raise_program(trace(loaded.module, info))
     verify(program, "raising")
     return program
@@ -169,6 +178,8 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
         )
     have = {p.key for p in passes}
     passes += [parts("pass")[key]() for key in dict.fromkeys(key for p in passes for key in p.demands) if key not in have]  # type: ignore[misc]
+    if plan.decode.masked is not None:  # its forms are made from the program without a cache
+        return [p for p in passes if p.key not in disable]
     trees = tree_form(plan)
     if "kv_cache" not in have:
         passes.append(KvCache(trees=trees))

@@ -40,6 +40,11 @@ def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], A
     return register
 
 
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
     group = q.shape[2] // k.shape[2]
     keys = k.transpose(1, 2).repeat_interleave(group, dim=1)  # [B, H, T, D]
@@ -65,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         hidden = hidden | (keys > rows)
     if window:
         hidden = hidden | (keys <= rows - window)
-    return _mix(scores.float().masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
+    return _mix(_wide(scores).masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
 
 
 @_op(
@@ -129,7 +134,7 @@ def _over_cache(
     scores = _scores(q, shown[0].transpose(1, 2), scale, softcap)
     if bias is not None:
         scores = scores + bias
-    out = _mix(scores.float().masked_fill(hidden[:, None], MASKED), shown[1].transpose(1, 2), q.shape[2] // k.shape[2])
+    out = _mix(_wide(scores).masked_fill(hidden[:, None], MASKED), shown[1].transpose(1, 2), q.shape[2] // k.shape[2])
     return out, keys, values
 
 
@@ -204,10 +209,41 @@ def stored_corrected(
     return out
 
 
+@_op(
+    "segment_bias", lambda keys, own: torch.empty((keys.shape[0], 1, own.shape[1], keys.shape[1]), dtype=torch.float32, device=keys.device)
+)
+def segment_bias(keys: Tensor, own: Tensor) -> Tensor:
+    """Additive mask [B,1,R,T]: a row of segment `own` [B,R] sees the keys of segments `keys` [B,T] that are not above its own. int64 both."""
+    return torch.where(keys[:, None] > own[:, :, None], MASKED, 0.0)[:, None]
+
+
+@_op("slot_write", lambda past, new, slots: torch.empty_like(past))
+def slot_write(past: Tensor, new: Tensor, slots: Tensor) -> Tensor:
+    """The keys or values `past` [B,G,C,D] of a canvas with `new` [B,R,G,D] at `slots` [B,R] int64."""
+    index = slots[:, None, :, None].expand(-1, new.shape[2], -1, new.shape[3])
+    return past.scatter(2, index, new.transpose(1, 2))
+
+
+def _probe_fake(q: Tensor, k: Tensor, bias: Tensor, watched: Tensor, window: Tensor, scale: float, softcap: float) -> tuple[Tensor, Tensor]:
+    return q.new_empty((q.shape[0], k.shape[1])), q.new_empty((q.shape[0], k.shape[1]))
+
+
+@_op("attention_probe", _probe_fake)
+def attention_probe(
+    q: Tensor, k: Tensor, bias: Tensor, watched: Tensor, window: Tensor, scale: float, softcap: float
+) -> tuple[Tensor, Tensor]:
+    """What some rows attend to, beside an attention: q [B,R,H,D], k [B,T,G,D], bias [B,1,R,T] -> two [B,T], means over heads.
+
+    The first is the attention of row `watched` [B] int64, the second the sum of those of the rows that `window` [B,R] weighs.
+    """
+    weights = torch.softmax((_scores(q, k, scale, softcap) + bias).float(), dim=-1).mean(1)  # [B, R, T]
+    return weights[torch.arange(q.shape[0]), watched], (weights * window[:, :, None]).sum(1)
+
+
 @_op("rms_norm", lambda x, weight, eps: torch.empty_like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., K] / root mean square * weight [K], computed in float32."""
-    wide = x.float()
+    """x [..., K] / root mean square * weight [K], computed in float32 (float64 for such x)."""
+    wide = _wide(x)
     return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
 
 
@@ -337,6 +373,12 @@ def linear_lookup(
     """x [..., K] times weights that are places in tables (see `unpack_lookup`). As in `linear_blocks`, a backend may round x to int8 per block."""
     out = torch.matmul(x, unpack_lookup(packed, tables, rows, scales, coarse, offset, bits, block, x.shape[-1]).t().to(x.dtype))
     return out if bias is None else out + bias
+
+
+@_op("block_diagonal", lambda x, blocks: x.new_empty((*x.shape[:-1], blocks.shape[0] * blocks.shape[1])))
+def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
+    """x [..., J*i] times a block-diagonal matrix with `blocks` [J,o,i] -> [..., J*o]; a block's rows are outputs, as in a dense layer."""
+    return torch.einsum("...ji,joi->...jo", x.unflatten(-1, (blocks.shape[0], blocks.shape[2])), blocks).flatten(-2)
 
 
 @_op("embedding_int8", lambda table, scale, ids: scale.new_empty((*ids.shape, table.shape[1])))

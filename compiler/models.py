@@ -27,6 +27,7 @@ from torch import nn
 
 from planc.compiler.downloads import KnownModel, Wheel, fetch, sha256_of
 from planc.compiler.image_models import KNOWN as IMAGE_MODELS
+from planc.compiler.masked_models import MaskSpec, is_masked_checkpoint, load_masked_checkpoint, mask_spec
 from planc.compiler.plan_source import nearest
 from planc.compiler.store import cache_dir
 from planc.runtime.errors import ModelError
@@ -99,6 +100,7 @@ class LoadedModel:
     gguf: Path | None = None  # where the weights came from, when that was a GGUF file: its blocks can be imported as they are
     vocab_size: int = 0  # rows of the output layer; 0 without one
     max_length: int = UNLIMITED  # longest sequence that positions allow
+    mask: MaskSpec | None = None  # of a model with a mask token
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,8 @@ def load_model(
         module = _load_directory(home, dtype)
     files = _text_files(home) if tokenizer is None else _tokenizer(tokenizer, home)
     config = getattr(module, "config", None)
-    return LoadedModel(module, name, config, files, _eos_ids(module, config, files), gguf, _vocab_size(module, config), _max_length(config))
+    sizes = _vocab_size(module, config), _max_length(config)
+    return LoadedModel(module, name, config, files, _eos_ids(module, config, files), gguf, *sizes, mask_spec(module, files))
 
 
 def locate(name: str) -> tuple[Path, Path | None]:
@@ -192,6 +195,8 @@ def _from_hub(name: str) -> Path:
 def _load_directory(home: Path, dtype: torch.dtype) -> nn.Module:
     import transformers
 
+    if is_masked_checkpoint(home):
+        return load_masked_checkpoint(home, dtype)
     try:
         config = transformers.AutoConfig.from_pretrained(home, local_files_only=True)
         named = [getattr(transformers, name, None) for name in config.architectures or ()]

@@ -63,7 +63,9 @@ class ModelInfo:
     eos_ids: tuple[int, ...] = ()
     gguf: Any = None
     tokenizer_files: Mapping[str, Any] = field(default_factory=dict)
-    task: str = "generation"  # or "classification": images in, logits of classes out
+    task: str = "generation"  # or "classification": images in, logits of classes out; or "filling": masked slots
+    mask_id: int | None = None  # the token that stands in slots that are to be filled
+    shift: bool = False  # the output of slot i - 1 predicts slot i
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,25 @@ from planc.runtime.errors import ArtifactError, PlanError
 
 if TYPE_CHECKING:
     from planc.runtime.executable import Executable
+    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
 KEEP = 8  #: cached artifacts; the least recently used ones go first
 
 #: Sources that cannot change an artifact.
-_OUTSIDE = {"cli.py", "bench.py", "quality.py", "papers.py", "explain.py", "store.py", "colours.py", "peers", "search"}
+_OUTSIDE = {
+    "cli.py",
+    "bench.py",
+    "quality.py",
+    "papers.py",
+    "explain.py",
+    "store.py",
+    "colours.py",
+    "canvas_view.py",
+    "peers",
+    "search",
+    "suites",
+}
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def open_plan(plan: Path, model: str, *, progress: bool = True) -> tuple[Executa
     return text_only(exe), stored
 
 
-def open_any(plan: Path, model: str, *, progress: bool = True) -> tuple[Executable | Classifier, Stored]:
+def open_any(plan: Path, model: str, *, progress: bool = True) -> tuple[Executable | Classifier | Filler, Stored]:
     """Load what `obtain` gives. A cached artifact that turns out damaged is compiled once more; one that the user named is not touched."""
     from planc import load
 

@@ -80,7 +80,7 @@ class Manifest(_Model):
     planc: str  # version that wrote the artifact
     created_by: str = ""  # command or call that wrote it
     model: str = ""  # name, path or id of the model
-    task: Literal["generation", "classification"] = "generation"
+    task: Literal["generation", "classification", "filling"] = "generation"
     plan: dict[str, Any] = Field(default_factory=dict)  # the plan as data
     decode: dict[str, Any] = Field(default_factory=dict)  # its decode section, with `auto` values settled
     backend: str = "onnx"
@@ -258,6 +258,19 @@ def _inventory(directory: Path) -> dict[str, FileEntry]:
             _fsync(path)
             files[name] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
     return files
+
+
+def copy_artifact(manifest: Manifest, source: Path, directory: Path) -> Path:
+    """Copy the files of the artifact at `source` to `directory` in one step."""
+
+    def build(target: Path) -> Manifest:
+        for name in manifest.files:
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source / name, target / name)
+        return manifest
+
+    write_artifact(directory, build)
+    return directory
 
 
 def _check_replaceable(target: Path) -> None:

@@ -9,12 +9,41 @@ from pydantic_core import PydanticCustomError
 
 from planc.runtime.drafters import DrafterPart
 from planc.runtime.errors import PlanError
+from planc.runtime.masked import (
+    CacheHook,
+    EndHook,
+    FusionHook,
+    InputsHook,
+    ModelHook,
+    ReviseHook,
+    SelectHook,
+    Shape,
+    StopHook,
+    TopK,
+    Truncate,
+    Uncached,
+    Whole,
+    WindowHook,
+)
+from planc.runtime.masked.hooks import Hook
 from planc.runtime.registry import item_of
 
 if TYPE_CHECKING:
     DrafterItem = DrafterPart
+    WindowItem = WindowHook
+    CacheItem = CacheHook
+    FusionItem = FusionHook
+    SelectItem = SelectHook
+    StopItem = StopHook
+    ReviseItem = ReviseHook
+    EndItem = EndHook
+    InputsItem = InputsHook
+    ModelItem = ModelHook
 else:
     DrafterItem = item_of("drafter")
+    WindowItem, CacheItem, FusionItem, SelectItem = (item_of(kind) for kind in ("window", "slot_cache", "fusion", "selection"))
+    StopItem, ReviseItem, EndItem = (item_of(kind) for kind in ("stop_rule", "revision", "ending"))
+    InputsItem, ModelItem = (item_of(kind) for kind in ("inputs", "model_choice"))
 
 
 class _Section(BaseModel):
@@ -144,6 +173,51 @@ class Batching(_Section):
         return self
 
 
+class Masked(_Section):
+    """Fill masked slots, several a pass: for diffusion language models. One loop; every entry fills a hook of it (papers/A2)."""
+
+    window: WindowItem = Field(default_factory=Whole, description="which slots may be committed now")
+    cache: CacheItem = Field(default_factory=Uncached, description="which slots are run through the network again")
+    fusion: FusionItem | None = Field(None, description="what is done to logits before a token is proposed")
+    score: Literal["prob", "margin", "neg_entropy", "random"] = Field("prob", description="what is called the confidence of a slot")
+    select: SelectItem = Field(default_factory=TopK, description="which slots are committed")
+    stop: StopItem | None = Field(None, description="when everything that is left is filled at once")
+    revise: ReviseItem | None = Field(None, description="which decisions are taken back")
+    end: EndItem | None = Field(None, description="what an end token means for what is left")
+    inputs: InputsItem | None = Field(None, description="what slots read, where that is not what was decided there")
+    models: ModelItem | None = Field(None, description="which of two models runs a window")
+    second_model: str | None = Field(None, description="the other one: a name, a directory or an id, as for the first")
+    forced: dict[int, int | str] = Field(
+        default_factory=dict, description="offset in the field -> the token (its id or its text) that stands there"
+    )
+    mask_token: int | None = Field(None, ge=0, description="id of the mask token, where the model does not say it")
+
+    @property
+    def by_name(self) -> dict[str, Hook | None]:
+        """The hooks by the names that the loop has for them."""
+        names = ("window", "cache", "fusion", "select", "stop", "revise", "end", "inputs", "models")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def hooks(self) -> tuple[Hook, ...]:
+        """Those that are filled."""
+        return tuple(hook for hook in self.by_name.values() if hook is not None)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Masked:
+        if self.forced and isinstance(self.end, Truncate):
+            raise _conflict("`forced` tokens have fixed places, and `truncate` may cut the canvas before them", "remove one of them")
+        if (self.models is None) != (self.second_model is None):
+            raise _conflict("`models` chooses between two, the second of which is `second_model`", "give both or neither")
+        return self
+
+    def check(self, field: int) -> None:
+        """Raises PlanError[plan-conflict] where a field of so many slots cannot be filled this way."""
+        shape = Shape(field, self.window.blocks(field))
+        for hook in self.hooks:
+            hook.check(shape)
+
+
 class Decode(_Section):
     """How text is generated."""
 
@@ -155,6 +229,27 @@ class Decode(_Section):
     )
     speculative: Speculative | None = None
     batching: Batching | None = None
+    masked: Masked | None = Field(None, description="for models that fill masked slots in place of writing from left to right")
+
+    @model_validator(mode="after")
+    def _one_loop(self) -> Decode:
+        if self.masked is None:
+            return self
+        if self.speculative is not None or self.batching is not None:
+            other = "speculative" if self.speculative is not None else "batching"
+            raise _conflict(f"`masked` fills slots, and `{other}` is for loops that write from left to right", f"remove `{other}`")
+        if self.sampling.repetition_penalty != 1.0:
+            raise _conflict("`masked` knows no repetition penalty", "remove `repetition_penalty`")
+        if self.sampling.temperature > 0.0 and self.masked.cache.by_layer:
+            raise _conflict(
+                f"`{self.masked.cache.key}` runs layers one by one and returns no logits to sample from", "use `temperature: 0`"
+            )
+        if "max_new_tokens" in self.model_fields_set:
+            try:
+                self.masked.check(self.max_new_tokens)
+            except PlanError as error:
+                raise _conflict(error.message, error.fix or "") from error
+        return self
 
     def same_text(self, temperature: float | None = None) -> bool:
         """Whether drafting leaves the text of a seed as it is, at this temperature (default: the plan's), and not just its distribution."""

@@ -54,6 +54,7 @@ CODES: dict[str, str] = {
     "input-invalid": "an argument of a call or command is not usable",
     "kernel-unsupported": "a GPU kernel does not take tensors of this device, type or shape",
     "output-missing": "a loop needs an output that the artifact was not compiled with",
+    "decode-stuck": "policies of the decode section make no progress",
     "server-closed": "a prompt was given to a server that is closed",
     "peer-failed": "a system to compare with could not be run",
 }

@@ -4,7 +4,6 @@ and to resize.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from planc.runtime.artifact import Manifest, write_artifact
+from planc.runtime.artifact import Manifest, copy_artifact
 from planc.runtime.contract import Contract
 from planc.runtime.engine import Floats
 from planc.runtime.errors import ArtifactError, InputError
@@ -224,13 +223,4 @@ class Classifier:
         """Copy the artifact."""
         if self.manifest is None or self.directory is None:
             raise ArtifactError("artifact-write", "this classifier has no artifact to copy", fix="compile with `backend: onnx`")
-        source, manifest = self.directory, self.manifest
-
-        def build(target: Path) -> Manifest:
-            for name in manifest.files:
-                (target / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source / name, target / name)
-            return manifest
-
-        write_artifact(Path(directory), build)
-        return Path(directory)
+        return copy_artifact(self.manifest, self.directory, Path(directory))

@@ -84,6 +84,7 @@ for _kind, _target in {
     "Sin": aten.sin.default,
     "Abs": aten.abs.default,
     "Erf": aten.erf.default,
+    "Log": aten.log.default,
 }.items():
     lowers(_target)(_unary(_kind))
 
@@ -230,6 +231,11 @@ def _split(b: Builder, n: Node) -> tuple[str, ...]:
     sizes = [int(v.shape[axis]) for v in n.meta["val"]]
     out = b.op("Split", n.args[0], b.const(sizes, np.int64), axis=axis, outputs=len(sizes))
     return out if len(sizes) > 1 else (out,)
+
+
+@lowers(aten.gather.default)
+def _gather(b: Builder, n: Node) -> str:
+    return b.op("GatherElements", n.args[0], n.args[2], axis=int(n.args[1]))
 
 
 @lowers(operator.getitem)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,6 +44,14 @@ def lower_gated(
     with_gates, units = gated(model, found)
     (directory / SKIP_FILE).write_bytes(with_gates.SerializeToString())
     return tuple((unit.layer, unit.kind) for unit in units)
+
+
+def lower_forms(programs: Mapping[str, Program], directory: Path, *, ops: Literal["fast", "standard"] = "fast", positions: int) -> None:
+    """Several forms of one model, each as NAME.onnx, over one weight file."""
+    with WeightFile(directory / WEIGHT_FILE) as weights:
+        for name, program in programs.items():
+            model, _ = build(program, weights, ops=ops, positions=positions)
+            (directory / f"{name}.onnx").write_bytes(model.SerializeToString())
 
 
 def _write(model: onnx.ModelProto, directory: Path) -> Path:

@@ -156,6 +156,31 @@ def _write(b: Builder, past: Node, new: Node, slots: str) -> str:
     return b.op("ScatterElements", past, index, turned, axis=2)
 
 
+def _segment_bias(b: Builder, n: Node) -> str:
+    keys, own = (b.op("Unsqueeze", x, b.const(axes, np.int64)) for x, axes in zip(n.args, ([1, 2], [1, 3]), strict=True))
+    return b.op("Where", b.op("Greater", keys, own), b.const(float(MASKED)), b.const(0.0))
+
+
+def _slot_write(b: Builder, n: Node) -> str:
+    past, new, slots = n.args
+    return _write(b, past, new, b[slots])
+
+
+def _attention_probe(b: Builder, n: Node) -> tuple[str, str]:
+    """Scores of all rows of the pass, which is short where this is used."""
+    q, k, bias, watched, window, scale, softcap = n.args
+    heads, width, groups = int(q.meta["val"].shape[2]), int(q.meta["val"].shape[3]), int(k.meta["val"].shape[2])
+    rows = b.op("Mul", b.op("Transpose", q, perm=[0, 2, 1, 3]), b.const(float(scale)))
+    keys = b.op("Transpose", k, perm=[0, 2, 3, 1])
+    scores = _regroup(b, b.op("MatMul", _regroup(b, rows, groups, heads, width), keys), heads, groups)
+    if softcap:
+        scores = b.op("Mul", b.op("Tanh", b.op("Div", scores, b.const(float(softcap)))), b.const(float(softcap)))
+    weights = b.op("ReduceMean", b.op("Softmax", b.op("Add", scores, bias), axis=-1), b.const([1], np.int64), keepdims=0)  # [B, R, T]
+    row = b.op("GatherND", weights, b.op("Unsqueeze", watched, b.const([1], np.int64)), batch_dims=1)
+    sums = b.op("Squeeze", b.op("MatMul", b.op("Unsqueeze", window, b.const([1], np.int64)), weights), b.const([1], np.int64))
+    return row, sums
+
+
 def _rows_from(b: Builder, n: Node) -> str:
     return b.op("Slice", n.args[0], n.args[1], b.const([2**62], np.int64), b.const([1], np.int64))
 
@@ -172,4 +197,7 @@ TABLE: dict[object, Lowering] = {
     OPS.cached_attention.default: _cached_attention,
     OPS.stored_attention.default: _stored_attention,
     OPS.rows_from.default: _rows_from,
+    OPS.segment_bias.default: _segment_bias,
+    OPS.slot_write.default: _slot_write,
+    OPS.attention_probe.default: _attention_probe,
 }

@@ -53,6 +53,10 @@ class Fit:
         shown = {"file": str(self.file), "tokens": self.tokens, "steps": self.steps, "loss": [round(x, 4) for x in self.losses[::10]]}
         return shown | {"held_out": asdict(self.after), "held_out_before": asdict(self.before), "expected": round(self.after.expected, 4)}
 
+    def __str__(self) -> str:
+        guesses = ", ".join(f"{share:.1%}" for share in self.after.agreement)
+        return f"{self.file}: {self.steps} steps on {self.tokens} tokens; held out, the first choice is the target's in {guesses} (1st, 2nd .. guess)"
+
     def picture(self, title: str) -> bytes:
         """The loss of every step, and its mean of twenty, as a PNG."""
         means = [(float(i), float(np.mean(self.losses[max(0, i - 19) : i + 1])), "") for i in range(0, len(self.losses), 10)]
@@ -62,11 +66,11 @@ class Fit:
 Progress = Callable[[str, int, int], None]
 
 
-def fit(
+def fit_head(
     model: Any,
     plan: Plan,
     prompts: Sequence[str | Sequence[int]],
-    work: Path,
+    work: Path | None = None,
     *,
     out: Path | None = None,
     tokens: int = 150_000,
@@ -80,7 +84,7 @@ def fit(
         model: what `planc.compile` takes.
         plan: its drafters hold one `draft_head`, whose `file` is written unless `out` says another place.
         prompts: what the target answers, as texts or token ids; the head learns from the answers.
-        work: folder for texts and the state of training, from which an interrupted run goes on.
+        work: folder for texts and the state of training, from which an interrupted run goes on; None: beside the file, `NAME.fit`.
         tokens: how many tokens the target shall write.
         longest: most tokens of an answer.
 
@@ -88,9 +92,14 @@ def fit(
     """
     options = options or Options()
     part = head_of_plan(plan)
+    if part is None:
+        raise PlanError(
+            "plan-requires", "the plan has no draft_head to fit", fix="add `draft_head: {file: NAME.safetensors}` to its drafters"
+        )
     target_file = out or (plan.folder / part.file if part.file is not None else None)
     if target_file is None:
         raise PlanError("plan-bad-value", "draft_head names no file to write", fix="give it `file: NAME.safetensors`, or say --out")
+    work = work or target_file.with_suffix(".fit")
     exe = _target(model, plan, progress)
     texts = write_texts(exe, prompts, work, tokens, longest, lambda done, total: progress("the target writes", done, total))
     if texts.written < _LEAST:
@@ -124,13 +133,10 @@ def packed(part: DraftHead, values: Mapping[str, Tensor], kept: Tensor, about: M
     return save({**tensors, VOCABULARY: kept.to(torch.int32)}, {**about, "head": json.dumps(part.item())})
 
 
-def head_of_plan(plan: Plan) -> DraftHead:
-    """The one head of a plan. Raises PlanError where there is none."""
+def head_of_plan(plan: Plan) -> DraftHead | None:
+    """The draft head among a plan's drafters; there is one at most."""
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
-    found = [part for part in drafters if isinstance(part, DraftHead)]
-    if not found:
-        raise PlanError("plan-bad-value", "the plan has nothing to fit", fix="add `draft_head: {file: NAME.safetensors}` to its drafters")
-    return found[0]
+    return next((part for part in drafters if isinstance(part, DraftHead)), None)
 
 
 def _target(model: Any, plan: Plan, progress: Progress) -> Executable:

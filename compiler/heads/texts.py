@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -96,23 +95,6 @@ def read_texts(folder: Path) -> Texts:
             tokens += [np.asarray(ids, dtype=np.int64) for ids in np.split(data["tokens"], np.cumsum(data["lengths"])[:-1]) if len(ids)]
             starts += data["starts"].tolist()
     return Texts(tuple(tokens), tuple(starts))
-
-
-def read_prompts(path: Path) -> list[str]:
-    """First turns of a JSON-lines file with `turns` or `prompt`, or the lines of any other file.
-
-    Raises InputError[input-invalid] where there are none.
-    """
-    try:
-        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-        items = [json.loads(line) for line in lines] if path.suffix == ".jsonl" else lines
-        prompts = [item if isinstance(item, str) else str(item["turns"][0] if "turns" in item else item["prompt"]) for item in items]
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        fix = "give JSON lines with `turns` or `prompt`, or a text file with a prompt a line"
-        raise InputError("input-invalid", f"cannot read prompts: {error!r}", where=str(path), fix=fix) from error
-    if not prompts:
-        raise InputError("input-invalid", "there are no prompts", where=str(path))
-    return prompts
 
 
 def _chat(exe: Executable, prompt: str | Sequence[int]) -> list[int]:

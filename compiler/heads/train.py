@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,9 +17,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from planc.compiler.dialect import OPS, REFERENCES
+from planc.backends.reference import run
+from planc.compiler.dialect import OPS
 from planc.compiler.heads.texts import Texts
-from planc.compiler.program import MAIN, Program
+from planc.compiler.program import Program
 from planc.runtime.drafters.draft_head import FEEDBACK
 from planc.runtime.errors import CompileError
 
@@ -170,10 +170,11 @@ class Trainer:
     def _unrolled(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
         """(logits over the kept tokens, feedback) of every step of the unrolled head."""
         states, seen = batch.states, _Seen()
+        program = self.program.replace(params={**self.program.params, **self.params})
         positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
         for _ in range(depth):
             inputs = {"input_ids": batch.tokens, "position_ids": positions, "states": states}
-            out = differentiate(self.program, inputs, self.params, {OPS.attention.default: seen.attend})
+            out = run(program, inputs, grad=torch.is_grad_enabled(), ops={OPS.attention.default: seen.attend})
             yield out[LOGITS] @ self._rows.T, out[FEEDBACK]
             states = torch.cat([out[FEEDBACK][:, :1], out[FEEDBACK][:, :-1]], 1)  # row t reads what row t - 1 thinks is its state
             seen.turn()
@@ -273,22 +274,3 @@ def trainable(program: Program) -> list[str]:
         if node.op == "call_function" and node.target in (aten.linear.default, OPS.rms_norm.default, aten.layer_norm.default):
             names += [str(a.target) for a in node.args[1:] if isinstance(a, torch.fx.Node) and a.op == "get_attr"]
     return list(dict.fromkeys(names))
-
-
-def differentiate(
-    program: Program, inputs: Mapping[str, Tensor], params: Mapping[str, Tensor], ops: Mapping[Any, Callable[..., Any]]
-) -> dict[str, Tensor]:
-    """Outputs by name, with gradients; `params` and `ops` stand in for those of the program."""
-    values: dict[Any, Any] = {}
-    for node in program.graphs[MAIN].nodes:
-        if node.op == "placeholder":
-            values[node] = inputs[str(node.target)]
-        elif node.op == "get_attr":
-            name = str(node.target)
-            values[node] = params[name] if name in params else program.params[name]
-        elif node.op == "output":
-            return {name: values[value] for name, value in node.args[0].items()}
-        else:
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = (ops.get(node.target) or REFERENCES.get(node.target) or node.target)(*args, **kwargs)
-    raise AssertionError("graph without output")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from planc.compiler.plan import Plan
     from planc.runtime.errors import PlancError
     from planc.runtime.executable import Executable, Generation
+    from planc.runtime.filler import Filled, Filler
     from planc.runtime.vision import Classifier, ImageSpec, Prediction
 
     __version__: str
@@ -27,12 +28,16 @@ _HOMES = {
     "Prediction": "planc.runtime.vision",
     "Executable": "planc.runtime.executable",
     "Generation": "planc.runtime.executable",
+    "Filled": "planc.runtime.filler",
+    "Filler": "planc.runtime.filler",
     "PlancError": "planc.runtime.errors",
 }
 
 __all__ = [
     "Classifier",
     "Executable",
+    "Filled",
+    "Filler",
     "Generation",
     "ImageSpec",
     "Plan",

@@ -17,12 +17,13 @@ from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.executable import Executable
+from planc.runtime.filler import Filler
 from planc.runtime.text import TOKENIZER, Text
 from planc.runtime.vision import Classifier, ImageEngine, ImageSpec
 
 
-def load(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable | Classifier:
-    """Open an artifact that `planc.compile` or `planc compile` wrote; needs no torch. What it is for decides which of the two it becomes.
+def load(directory: str | Path, *, threads: int | None = None, verify: bool = True) -> Executable | Classifier | Filler:
+    """Open an artifact that `planc.compile` or `planc compile` wrote; needs no torch. What it is for decides which of the three it becomes.
 
     Args:
         directory: the artifact.
@@ -42,6 +43,15 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
             "artifact-corrupt", f"the decode section is not valid: {where}: {first['msg']}", where=str(directory)
         ) from error
     text = Text.load(directory, eos_ids=manifest.eos_ids or None)
+    if manifest.task == "filling":
+        return Filler(
+            _engine_class("masked", "MaskedEngine", directory, manifest)(directory, manifest, threads),
+            text,
+            decode,
+            None,
+            manifest,
+            directory,
+        )
     models = _draft_models(directory, manifest, decode, text, threads)
     return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory, models)
 
@@ -51,8 +61,11 @@ def load_text(directory: str | Path, *, threads: int | None = None, verify: bool
     return text_only(load(directory, threads=threads, verify=verify))
 
 
-def text_only(exe: Executable | Classifier) -> Executable:
+def text_only(exe: Executable | Classifier | Filler) -> Executable:
     """`exe` where it generates text. Raises InputError[input-invalid] where it does something else."""
+    if isinstance(exe, Filler):
+        where = str(exe.directory) if exe.directory is not None else None
+        raise InputError("input-invalid", "this model fills masked slots; here it takes one that writes from left to right", where=where)
     if isinstance(exe, Classifier):
         where = str(exe.directory) if exe.directory is not None else None
         raise InputError("input-invalid", "this model classifies images and generates no text", where=where, fix="name a language model")

@@ -1,0 +1,1 @@
+"""Suites of tasks whose answers can be judged exactly, for `planc bench --suite`."""
