@@ -148,7 +148,7 @@ def test_an_artifact_runs_and_can_be_copied(tmp_path: Path) -> None:
     assert isinstance(copy, Filler)
     assert [a.canvas for a in answers(copy)] == [a.canvas for a in answers(exe)]
     assert copy.report()["exactness"] == "bitwise"
-    with pytest.raises(InputError, match="outputs that the graph was not given"):
+    with pytest.raises(InputError, match="that the artifact was not given"):
         copy.with_plan(fusion="credit")
     text = exe.generate("w5 w6 w7")
     assert isinstance(text, Filled)
@@ -255,3 +255,45 @@ def test_run_shows_the_canvas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         assert gif.n_frames == result["passes"]  # type: ignore[attr-defined]
         assert png.size == gif.size
     assert END not in result["ids"][:-1]
+
+
+# ---- two models --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", ["onnx", "reference"])
+def test_two_models_take_turns(backend: str, tmp_path: Path) -> None:
+    """With equal weights in both roles nothing changes, wherever they switch; the second model reads first what the first has decided."""
+    other = tmp_path / "other"
+    if not other.exists():
+        llada(other, seed=5)
+    shared = {"window": {"blocks": {"size": 4}}, "cache": {"block_causal": {"size": 4}}, "select": {"top_k": {"tokens": 2}}}
+
+    def plan(second: Path) -> Filler:
+        masked = {**shared, "models": {"switch": {"at": 2}}, "second_model": str(second)}
+        decode = {"max_new_tokens": FIELD, "sampling": {"temperature": 1.0}, "masked": masked}
+        exe = planc.compile(home("llada"), {"decode": decode, "target": {"backend": backend}})
+        assert isinstance(exe, Filler)
+        return exe
+
+    twin, pair = plan(home("llada")), plan(other)
+    want = [a.canvas for a in answers(twin.with_plan(models={"switch": {"at": 99}}))]
+    for at in range(5):
+        assert [a.canvas for a in answers(twin.with_plan(models={"switch": {"at": at}}))] == want
+    assert [a.canvas for a in answers(pair.with_plan(models={"switch": {"at": 4}}))] == want
+    mixed = answers(pair)
+    for made, first in zip(mixed, want, strict=True):
+        start = made.prompt_tokens
+        assert made.canvas[: start + 8] == first[: start + 8]
+    assert [a.canvas for a in mixed] != want
+    assert mixed[0].stats.passes == FIELD // 2
+
+
+def test_a_switch_needs_two_models_of_one_vocabulary(tmp_path: Path) -> None:
+    masked = {"models": {"switch": {"at": 2}}}
+    with pytest.raises(PlanError, match="chooses between two"):
+        planc.compile(home("llada"), {"decode": {"masked": masked}})
+    with pytest.raises(InputError, match="a second model"):
+        filler("llada").with_plan(**masked, second_model="other")
+    llada(tmp_path / "other", mask_token_id=MASK - 1)
+    with pytest.raises(PlanError, match="second model has 97 tokens and the mask 89"):
+        planc.compile(home("llada"), {"decode": {"masked": {**masked, "second_model": str(tmp_path / "other")}}})
