@@ -22,7 +22,7 @@ WORDS = {"[MASK]": MASK, "[END]": END, **{f"w{i}": i for i in range(VOCAB) if i 
 
 def llada(folder: Path, *, seed: int = 0, **changes: object) -> nn.Module:
     """Write a checkpoint; the module that it should become."""
-    module = make("llama", seed=seed, num_hidden_layers=3, num_key_value_heads=2)
+    module = make("llama", seed=seed, num_key_value_heads=2)
     c = module.config
     config = {
         "architectures": ["LLaDAModelLM"],

@@ -31,6 +31,8 @@ PLAN: dict[str, Any] = {
     "decode": {"max_new_tokens": FIELD, "masked": {"window": {"blocks": {"size": 8}}, "cache": "elastic", "fusion": "credit"}}
 }
 
+MASKED: dict[str, Any] = {"decode": {"max_new_tokens": FIELD, "masked": {}}}
+
 
 @cache
 def filler(kind: str, backend: str = "onnx") -> Filler:
@@ -73,8 +75,7 @@ def answers(exe: Filler, prompts: list[list[int]] = PROMPTS, **options: Any) -> 
     return made
 
 
-@pytest.mark.parametrize("kind", ["llada", "dream", "bert"])
-@pytest.mark.parametrize("backend", ["onnx", "reference"])
+@pytest.mark.parametrize(("kind", "backend"), [("llada", "onnx"), ("dream", "onnx"), ("bert", "onnx"), ("dream", "reference")])
 def test_one_slot_a_pass_is_what_the_model_says(kind: str, backend: str) -> None:
     for prompt in PROMPTS[:2]:
         [made] = answers(filler(kind, backend), [prompt])
@@ -128,7 +129,7 @@ def test_blocks_see_what_lies_before_them_only() -> None:
     )
     close(whole.total[:, :11], early.total)
     assert MASK not in made.canvas
-    assert made.stats.token_layers < FIELD * 19 * 3
+    assert made.stats.token_layers < FIELD * 19 * 2
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream"])
@@ -157,7 +158,7 @@ def test_an_artifact_runs_and_can_be_copied(tmp_path: Path) -> None:
 
 
 def test_quantised_weights_go_through_every_form() -> None:
-    plan = {**PLAN, "passes": [{"quantize_weights": {"format": "int8"}}]}
+    plan = {**MASKED, "passes": [{"quantize_weights": {"format": "int8"}}]}
     exe, reference = (planc.compile(home("llada"), {**plan, "target": {"backend": backend}}) for backend in ("onnx", "reference"))
     assert isinstance(exe, Filler) and isinstance(reference, Filler)
     assert MASK not in answers(exe, PROMPTS[:1])[0].canvas
@@ -168,8 +169,6 @@ def test_quantised_weights_go_through_every_form() -> None:
 
 
 # ---- refusals ----------------------------------------------------------------------------------------------------------------------
-
-MASKED: dict[str, Any] = {"decode": {"max_new_tokens": FIELD, "masked": {}}}
 
 
 def test_a_causal_model_is_refused() -> None:
@@ -197,7 +196,7 @@ def test_a_masked_model_does_not_write_from_left_to_right() -> None:
         planc.compile(home("llada"), {})
 
 
-@pytest.mark.parametrize("changes", [{"n_layers": 4}, {"block_type": "sequential"}, {"d_model": 31}])
+@pytest.mark.parametrize("changes", [{"n_layers": 3}, {"block_type": "sequential"}, {"d_model": 31}])
 def test_checkpoints_that_do_not_fit_are_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     llada(tmp_path / "wrong", **changes)
     with pytest.raises(ModelError) as caught:
@@ -260,18 +259,16 @@ def test_run_shows_the_canvas(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 # ---- two models --------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("backend", ["onnx", "reference"])
-def test_two_models_take_turns(backend: str, tmp_path: Path) -> None:
+def test_two_models_take_turns(tmp_path: Path) -> None:
     """With equal weights in both roles nothing changes, wherever they switch; the second model reads first what the first has decided."""
     other = tmp_path / "other"
-    if not other.exists():
-        llada(other, seed=5)
+    llada(other, seed=5)
     shared = {"window": {"blocks": {"size": 4}}, "cache": {"block_causal": {"size": 4}}, "select": {"top_k": {"tokens": 2}}}
 
     def plan(second: Path) -> Filler:
         masked = {**shared, "models": {"switch": {"at": 2}}, "second_model": str(second)}
         decode = {"max_new_tokens": FIELD, "sampling": {"temperature": 1.0}, "masked": masked}
-        exe = planc.compile(home("llada"), {"decode": decode, "target": {"backend": backend}})
+        exe = planc.compile(home("llada"), {"decode": decode, "target": {"backend": "reference"}})
         assert isinstance(exe, Filler)
         return exe
 
