@@ -176,7 +176,7 @@ class Filler:
         if len(prompt) + field_size > spec.max_length:
             message = f"{len(prompt)} tokens and a field of {field_size} slots are more than the {spec.max_length} positions of the model"
             raise InputError("prompt-too-long", message, fix="shorten the prompt, or lower max_new_tokens")
-        forced = {offset: self._token(token) for offset, token in self.plan.forced.items()}
+        forced = {part.offset: self._token(part.token) for part in self.plan.forced}
         return Canvas(prompt, field_size, spec.mask_id, ends=self.eos_ids, forced=forced, seed=seed, key=key)
 
     def _token(self, token: int | str) -> int:

@@ -219,11 +219,11 @@ def test_calls_that_cannot_be_filled(prompt: list[int], options: dict[str, Any],
 
 
 def test_forced_words_and_their_refusal() -> None:
-    exe = filler("llada").with_plan(forced={3: "w40", 4: 41})
+    exe = filler("llada").with_plan(forced=[{"offset": 3, "token": "w40"}, {"offset": 4, "token": 41}])
     [made] = answers(exe, [[5, 6]])
     assert made.canvas[5:7] == [40, 41]
     with pytest.raises(InputError, match="is not one token"):
-        filler("llada").with_plan(forced={3: "w40 w41"}).generate([5, 6])
+        filler("llada").with_plan(forced=[{"offset": 3, "token": "w40 w41"}]).generate([5, 6])
 
 
 def test_sampling_needs_logits_that_layers_do_not_give() -> None:
