@@ -123,21 +123,23 @@ def run(
         from planc.compiler.masked_cli import fill
 
         result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
-        if as_json:
-            _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
-        return
-    exe = text_only(opened)
-    paired = compare and exe.decode.speculative is not None
-    plain = exe.plain() if paired else None
+    else:
+        result = _answer(text_only(opened), text, settings, compare, verbose)
+    if as_json:
+        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+
+
+def _answer(exe: Executable, text: str, settings: dict[str, Any], compare: bool, verbose: int) -> dict[str, Any]:
+    """Stream an answer, and run the plain plan on the same prompt beside it; what is to be told of both."""
+    plain = exe.plain() if compare and exe.decode.speculative is not None else None
     if plain is not None:
         plain.generate(text, **{**settings, "max_new_tokens": 4})  # both sides of the pair run warm
     answer = _stream(exe, text, settings, verbose)
     reference = plain.generate(text, **settings) if plain is not None else None
     assert not isinstance(reference, list)
-    result = _run_result(exe, answer, reference, temperature)
+    result = _run_result(exe, answer, reference, settings["temperature"])
     print(f"\n{_run_line(result)}", flush=True)
-    if as_json:
-        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+    return result
 
 
 def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool) -> None:

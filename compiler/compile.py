@@ -94,16 +94,7 @@ def compile(  # noqa: A001 - the public name
     from planc.compiler.measure import measured, stages
 
     plan = _plan(plan)
-    if plan.target.backend == "triton":
-        raise PlanError(
-            "backend-missing",
-            "there is no triton engine for language models in this release",
-            plan=plan.where("target", "backend"),
-            fix="use `backend: onnx` or `backend: reference`",
-        )
-    if plan.target.backend == "reference" and places_of(plan):
-        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
-        raise PlanError("plan-conflict", message, plan=plan.where("target", "backend"), fix="use `backend: onnx`")
+    _check_backend(plan)
     with stages(progress) as note:
         classifier = load_classifier(model, image, labels)
         if classifier is not None:
@@ -121,6 +112,16 @@ def compile(  # noqa: A001 - the public name
         note("lowering to ONNX")
         write_onnx(planned, directory, capacity_of(planned), finish, partial(attach_drafts, planned, measure, note))
     return load(directory, verify=False)
+
+
+def _check_backend(plan: Plan) -> None:
+    where = plan.where("target", "backend")
+    if plan.target.backend == "triton":
+        message, fix = "there is no triton engine for language models in this release", "use `backend: onnx` or `backend: reference`"
+        raise PlanError("backend-missing", message, plan=where, fix=fix)
+    if plan.target.backend == "reference" and places_of(plan):
+        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
+        raise PlanError("plan-conflict", message, plan=where, fix="use `backend: onnx`")
 
 
 def rewrite(

@@ -27,7 +27,7 @@ from torch import nn
 
 from planc.compiler.downloads import KnownModel, Wheel, fetch, sha256_of
 from planc.compiler.image_models import KNOWN as IMAGE_MODELS
-from planc.compiler.masked_models import MaskSpec, is_masked_checkpoint, load_masked_checkpoint, mask_spec
+from planc.compiler.masked_models import MaskSpec, bidirectional, is_masked_checkpoint, load_masked_checkpoint, mask_spec
 from planc.compiler.plan_source import nearest
 from planc.compiler.store import cache_dir
 from planc.runtime.errors import ModelError
@@ -203,7 +203,7 @@ def _load_directory(home: Path, dtype: torch.dtype) -> nn.Module:
         classes = [cls for cls in named if cls is not None] or [transformers.AutoModelForCausalLM]
         with _quiet():
             module: nn.Module = classes[0].from_pretrained(home, dtype=dtype, local_files_only=True)
-        return module.eval()
+        return (module if getattr(config, "is_causal", True) else bidirectional(module)).eval()
     except Exception as error:  # transformers raises whatever its reading of the files ran into
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

@@ -37,6 +37,8 @@ _OUTSIDE = {
     "store.py",
     "colours.py",
     "canvas_view.py",
+    "masked_cli.py",
+    "fit.py",
     "peers",
     "search",
     "suites",
@@ -131,12 +133,13 @@ def key(plan: Path, model: str) -> str:
 
 
 def _file_identities(plan: Any, folder: Path) -> list[str]:
-    """What the files are that options called `file` name, wherever they stand in the plan."""
+    """What the files are that options called `file` or `second_model` name, wherever they stand in the plan."""
     if isinstance(plan, list):
         return [line for item in plan for line in _file_identities(item, folder)]
     if not isinstance(plan, dict):
         return []
-    here = [_model_identity(str(folder / plan["file"]))] if isinstance(plan.get("file"), str) else []
+    named = [plan[name] for name in ("file", "second_model") if isinstance(plan.get(name), str)]
+    here = [_model_identity(str(folder / name)) for name in named]
     return here + _file_identities(list(plan.values()), folder)
 
 

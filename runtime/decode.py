@@ -173,6 +173,13 @@ class Batching(_Section):
         return self
 
 
+class Forced(_Section):
+    """A token that stands in a slot of the field from the beginning."""
+
+    offset: int = Field(ge=0, description="slot, counted from the first of the field")
+    token: int | str = Field(description="its id, or its text")
+
+
 class Masked(_Section):
     """Fill masked slots, several a pass: for diffusion language models. One loop; every entry fills a hook of it (papers/A2)."""
 
@@ -187,9 +194,7 @@ class Masked(_Section):
     inputs: InputsItem | None = Field(None, description="what slots read, where that is not what was decided there")
     models: ModelItem | None = Field(None, description="which of two models runs a window")
     second_model: str | None = Field(None, description="the other one: a name, a directory or an id, as for the first")
-    forced: dict[int, int | str] = Field(
-        default_factory=dict, description="offset in the field -> the token (its id or its text) that stands there"
-    )
+    forced: tuple[Forced, ...] = Field((), description="tokens that stand in the field whatever the model says")
     mask_token: int | None = Field(None, ge=0, description="id of the mask token, where the model does not say it")
 
     @property

@@ -13,7 +13,7 @@ from planc.runtime.contract import Contract
 from planc.runtime.decode import Decode, Masked, Sampling
 from planc.runtime.errors import ArtifactError, InputError
 from planc.runtime.loops.masked import Filling
-from planc.runtime.masked import Canvas, Commit, Cost, LearnedFilter
+from planc.runtime.masked import Canvas, Commit, Cost
 from planc.runtime.masked.engine import MaskedEngine
 from planc.runtime.prompts import Prompt, read_prompts
 from planc.runtime.text import Text
@@ -32,6 +32,7 @@ class FillStats:
     passes: int
     token_layers: int  # slots through layers, padding of batches not counted
     attention_pairs: int
+    multiplications: int  # of slots with the weights of layers
     kv_bytes: int  # of keys and values written
     seconds: float
     modes: dict[str, int] = field(default_factory=dict)  # kind of pass -> how often
@@ -79,6 +80,7 @@ class Filler:
         contract: what was changed.
         manifest, directory: the artifact that this came from, if any.
         folder: where files that the decode section names lie; the artifact by default.
+        others: models beside the first, between which the decode section chooses.
     """
 
     def __init__(
@@ -90,8 +92,10 @@ class Filler:
         manifest: Manifest | None = None,
         directory: Path | None = None,
         folder: Path | None = None,
+        others: Sequence[MaskedEngine] = (),
     ) -> None:
-        self.engine, self.text, self.manifest, self.directory = engine, text, manifest, directory
+        self.engine, self.others = engine, tuple(others)
+        self.text, self.manifest, self.directory = text, manifest, directory
         self.contract = contract if contract is not None else manifest.contract if manifest is not None else Contract()
         self.eos_ids = manifest.eos_ids if manifest is not None and manifest.eos_ids else text.eos_ids
         self.folder = folder or directory or Path()
@@ -104,11 +108,10 @@ class Filler:
             raise InputError(
                 "input-invalid", "the model fills masked slots, and the decode section has no `masked`", fix="compile it with one"
             )
-        if isinstance(masked.select, LearnedFilter):
-            masked = masked.model_copy(update={"select": masked.select.bind(self.folder)})
+        masked = masked.model_copy(update={name: hook.bind(self.folder) for name, hook in masked.by_name.items() if hook is not None})
         spec, wanted = self.engine.spec, masked.fusion.tracked if masked.fusion is not None else 0
-        if wanted > spec.tracked or (masked.cache.by_layer and not spec.by_layer):
-            message = "the decode section needs outputs that the graph was not given"
+        if wanted > spec.tracked or (masked.cache.by_layer and not spec.by_layer) or (masked.models is not None and not self.others):
+            message = "the decode section needs outputs, or a second model, that the artifact was not given"
             raise InputError("output-missing", message, fix="compile again with this decode section")
         return decode.model_copy(update={"masked": masked})
 
@@ -122,7 +125,7 @@ class Filler:
         """The same engine with other entries of the section `masked`; what the graph cannot do is refused."""
         masked = Masked.model_validate({**{name: getattr(self.plan, name) for name in type(self.plan).model_fields}, **changes})
         decode = self.decode.model_copy(update={"masked": masked})
-        return Filler(self.engine, self.text, decode, self.contract, self.manifest, self.directory, self.folder)
+        return Filler(self.engine, self.text, decode, self.contract, self.manifest, self.directory, self.folder, self.others)
 
     def generate(
         self,
@@ -173,7 +176,7 @@ class Filler:
         if len(prompt) + field_size > spec.max_length:
             message = f"{len(prompt)} tokens and a field of {field_size} slots are more than the {spec.max_length} positions of the model"
             raise InputError("prompt-too-long", message, fix="shorten the prompt, or lower max_new_tokens")
-        forced = {offset: self._token(token) for offset, token in self.plan.forced.items()}
+        forced = {part.offset: self._token(part.token) for part in self.plan.forced}
         return Canvas(prompt, field_size, spec.mask_id, ends=self.eos_ids, forced=forced, seed=seed, key=key)
 
     def _token(self, token: int | str) -> int:
@@ -194,7 +197,7 @@ class Filler:
 
     def _batch(self, canvases: list[Canvas], first: int, sampling: Sampling) -> Iterator[Frame]:
         begin, told = perf_counter(), set[int]()
-        for _ in Filling(self.engine, canvases, self.plan, sampling):
+        for _ in Filling(self.engine, canvases, self.plan, sampling, self.others):
             fresh = [i for i, canvas in enumerate(canvases) if canvas.done and i not in told]
             told.update(fresh)
             yield Frame(canvases, tuple((first + i, self._filled(canvases[i], perf_counter() - begin)) for i in fresh))
@@ -209,6 +212,7 @@ class Filler:
             passes=cost.passes,
             token_layers=cost.token_layers,
             attention_pairs=cost.attention_pairs,
+            multiplications=cost.multiplications,
             kv_bytes=cost.kv_bytes,
             seconds=seconds,
             modes=dict(cost.modes),
@@ -245,7 +249,7 @@ def total(answers: Sequence[Filled]) -> Cost:
     cost = Cost()
     for answer in answers:
         s = answer.stats
-        one = Cost(s.passes, s.token_layers, s.attention_pairs, s.kv_bytes)
+        one = Cost(s.passes, s.token_layers, s.attention_pairs, s.multiplications, s.kv_bytes)
         one.modes.update(s.modes)
         cost.add(one)
     return cost

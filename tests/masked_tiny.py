@@ -20,9 +20,9 @@ VOCAB, MASK, END = 97, 90, 2
 WORDS = {"[MASK]": MASK, "[END]": END, **{f"w{i}": i for i in range(VOCAB) if i not in (MASK, END)}}
 
 
-def llada(folder: Path, **changes: object) -> nn.Module:
+def llada(folder: Path, *, seed: int = 0, **changes: object) -> nn.Module:
     """Write a checkpoint; the module that it should become."""
-    module = make("llama", num_hidden_layers=3, num_key_value_heads=2)
+    module = make("llama", seed=seed, num_key_value_heads=2)
     c = module.config
     config = {
         "architectures": ["LLaDAModelLM"],

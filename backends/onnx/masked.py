@@ -59,8 +59,10 @@ class OnnxRunner:
 
 
 class OnnxMaskedEngine(MaskedEngine):
-    """The engine of an artifact."""
+    """The engine of an artifact, or of one of its further models, each in a folder of its own."""
 
-    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None) -> None:
-        states = {s.name: ((int(s.shape[1]), int(s.shape[3])), np.dtype(s.dtype)) for s in manifest.signature.states}
-        super().__init__(OnnxRunner(directory, threads or manifest.target.get("threads")), MaskedSpec(**manifest.extra["masked"]), states)
+    def __init__(self, directory: Path, manifest: Manifest, threads: int | None = None, model: int = 0) -> None:
+        described = manifest.extra["models"][model]
+        states = {name: ((int(heads), int(width)), np.dtype(kind)) for name, heads, width, kind in described["states"]}
+        folder = directory / described["folder"] if described["folder"] else directory
+        super().__init__(OnnxRunner(folder, threads or manifest.target.get("threads")), MaskedSpec(**described["spec"]), states)

@@ -16,8 +16,8 @@ from planc.runtime.filler import Filled, Filler
 from planc.runtime.loops.masked import Filling
 
 MODEL = str(ROOT / "examples/masked/lists")
-TASKS = ("copy", "reverse", "replace_index", "replace_random", "insert_random", "shuffle", "sort", "sum", "trace")
-DETERMINISTIC = ("copy", "reverse", "replace_index", "sort", "sum", "trace")
+TASKS = ("copy", "reverse", "replace_index", "shuffle", "sum", "trace")
+DETERMINISTIC = ("copy", "reverse", "replace_index", "sum", "trace")
 SEED = 7  # of held-out examples; training draws from other streams, and there are far more examples than it can have seen
 POINT = 0.01
 
@@ -32,8 +32,8 @@ def filler(paper: int) -> Filler:
 
 
 def held_out(count: int, tasks: Sequence[str] = TASKS) -> list[Example]:
-    """`count` examples of every task."""
-    return draw(tasks, count, SEED)
+    """`count` examples of every task, of the lengths that the model was trained on."""
+    return [example for length in range(3, 9) for example in draw(tasks, -(-count // 6), SEED + length, dict.fromkeys(tasks, length))]
 
 
 def same(a: Result, b: Result) -> bool:

@@ -14,7 +14,7 @@ from math import factorial, log, log1p, prod
 import numpy as np
 
 ITEMS = tuple("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMN")  #: what lists are made of; sorted in this order
-DIGITS = tuple("0123456")  #: what is summed
+DIGITS = tuple("01234")  #: what is summed
 MODULUS = len(DIGITS)
 LONGEST = 12  #: items of the longest list that a prompt can hold
 ANSWER_AT = LONGEST  #: slot of the sign in front of the answer of `trace`
@@ -46,7 +46,7 @@ class Task:
     make: Callable[[np.random.Generator, int], Example]
     valid: Callable[[Example, Sequence[str]], bool]
     deterministic: bool = True
-    lengths: tuple[int, int] = (3, 10)
+    lengths: tuple[int, int] = (3, 8)
 
     def example(self, rng: np.random.Generator, length: int | None = None) -> Example:
         """A random example, of a random length unless told."""
@@ -73,7 +73,7 @@ def _task(
     name: str,
     change: Callable[[np.random.Generator, list[str], str], tuple[tuple[str, str], list[str]]],
     valid: Callable[[Example, Sequence[str]], bool] = _exact,
-    lengths: tuple[int, int] = (3, 10),
+    lengths: tuple[int, int] = (3, 8),
 ) -> None:
     """A task over distinct items; `change` is given one item more, which is not in the list."""
 
@@ -120,7 +120,7 @@ def _shuffle(rng: np.random.Generator, items: list[str], other: str) -> tuple[tu
 
 _task("copy", lambda rng, x, new: ((NOTHING, NOTHING), x))
 _task("reverse", lambda rng, x, new: ((NOTHING, NOTHING), x[::-1]))
-_task("sort", lambda rng, x, new: ((NOTHING, NOTHING), sorted(x, key=ITEMS.index)), lengths=(3, 6))
+_task("sort", lambda rng, x, new: ((NOTHING, NOTHING), sorted(x, key=ITEMS.index)))
 _task("insert_index", lambda rng, x, new: ((_place(i := _at(rng, x, 1)), new), [*x[:i], new, *x[i:]]))
 _task("insert_random", lambda rng, x, new: ((NOTHING, new), [*x[: (i := _at(rng, x, 1))], new, *x[i:]]), _inserted)
 _task("remove_index", lambda rng, x, new: ((_place(i := _at(rng, x)), NOTHING), [*x[:i], *x[i + 1 :]]))

@@ -3,8 +3,8 @@
     python examples/masked/train_lists.py --minutes 25 --out examples/masked/lists
 
 A prompt is 17 tokens (task, two arguments, length, twelve items, `|`), the answer field 24; what an answer does not need is filled with the end
-token, and trained on. The checkpoint has the layout of LLaDA, with half-precision weights, and a tokenizer whose chat template writes the
-prompt: `reverse _ _ a b c`.
+token, and trained on. The model is a GPT-2 of transformers whose attention sees all slots (`is_causal: false` in its configuration), in half
+precision; the chat template of its tokenizer writes the prompt: `reverse _ _ a b c`.
 """
 
 from __future__ import annotations
@@ -17,20 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from planc.compiler.masked_models import bidirectional, load_masked_checkpoint, to_llada
+from planc.compiler.masked_models import bidirectional
 from planc.compiler.suites.parallelbench import ANSWER, DIGITS, ITEMS, LONGEST, NOTHING, SEPARATOR, TASKS, Example
 
-TRAINED = ("copy", "reverse", "replace_index", "replace_random", "insert_random", "shuffle", "sort", "sum", "trace")
+TRAINED = ("copy", "reverse", "replace_index", "shuffle", "sum", "trace")
+LENGTHS = (3, 8)
 MASK, EOT = "[MASK]", "[EOT]"
 WORDS = (NOTHING, ANSWER, SEPARATOR, EOT, MASK, *TRAINED, *(f"#{i}" for i in range(LONGEST + 1)), *DIGITS, *ITEMS)
 IDS = {word: i for i, word in enumerate(WORDS)}
 PROMPT, FIELD = 4 + LONGEST + 1, 24
-THETA = 100.0  # of the rotary positions: there are 41, and the usual 10000 would leave most frequencies unused
 
 TEMPLATE = (
     "{% set words = messages[0]['content'].split() %}{{ words[0] }} {{ words[1] }} {{ words[2] }} #{{ words | length - 3 }}"
@@ -49,7 +48,7 @@ def encode(example: Example) -> list[int]:
 def batch_of(rng: np.random.Generator, size: int, only: str | None = None) -> Tensor:
     """[size, PROMPT + FIELD] ids of random examples; `only` names one task."""
     tasks = [only or TRAINED[i] for i in rng.integers(len(TRAINED), size=size)]
-    return torch.tensor([encode(TASKS[task].example(rng)) for task in tasks])
+    return torch.tensor([encode(TASKS[task].example(rng, int(rng.integers(LENGTHS[0], LENGTHS[1] + 1)))) for task in tasks])
 
 
 def masks(rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
@@ -72,49 +71,30 @@ def masks(rng: np.random.Generator, size: int) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(hidden), torch.from_numpy(1.0 / np.maximum(share, 0.1)).float()
 
 
-def build(width: int, layers: int, heads: int, inner: int) -> LlamaForCausalLM:
-    """A bidirectional pre-norm transformer with rotary positions, SwiGLU and a tied head."""
-    config = LlamaConfig(
+def build(width: int, layers: int, heads: int) -> GPT2LMHeadModel:
+    """A bidirectional pre-norm transformer with learned positions and a tied head."""
+    config = GPT2Config(
         vocab_size=len(WORDS),
-        hidden_size=width,
-        intermediate_size=inner,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        max_position_embeddings=64,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
-        tie_word_embeddings=True,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        n_positions=64,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
         bos_token_id=None,
         eos_token_id=IDS[EOT],
         pad_token_id=IDS[EOT],
+        mask_token_id=IDS[MASK],
     )
-    return bidirectional(LlamaForCausalLM(config))  # type: ignore[return-value]
+    return bidirectional(GPT2LMHeadModel(config))  # type: ignore[return-value]
 
 
 def save(module: nn.Module, out: Path) -> None:
-    """Checkpoint in LLaDA's layout, tokenizer and template."""
-    out.mkdir(parents=True, exist_ok=True)
-    c = module.config
-    config = {
-        "architectures": ["LLaDAModelLM"],
-        "model_type": "llada",
-        "block_type": "llama",
-        "d_model": c.hidden_size,
-        "n_layers": c.num_hidden_layers,
-        "n_heads": c.num_attention_heads,
-        "n_kv_heads": c.num_key_value_heads,
-        "mlp_hidden_size": c.intermediate_size,
-        "vocab_size": c.vocab_size,
-        "max_sequence_length": c.max_position_embeddings,
-        "rms_norm_eps": c.rms_norm_eps,
-        "rope_theta": THETA,
-        "weight_tying": True,
-        "mask_token_id": IDS[MASK],
-        "eos_token_id": IDS[EOT],
-        "pad_token_id": IDS[EOT],
-    }
-    (out / "config.json").write_text(json.dumps(config, indent=1) + "\n")
-    save_file({name: value.half().contiguous() for name, value in to_llada(module).items()}, out / "model.safetensors")
+    """Checkpoint in half precision, tokenizer and template."""
+    twin = build(module.config.n_embd, module.config.n_layer, module.config.n_head)
+    twin.load_state_dict(module.state_dict())
+    twin.half().save_pretrained(out)
     tokenizer = Tokenizer(models.WordLevel(IDS, unk_token=NOTHING))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.save(str(out / "tokenizer.json"))
@@ -142,7 +122,7 @@ def report(module: nn.Module, seed: int = 12345, count: int = 96) -> dict[str, t
     found = {}
     for task in TRAINED:
         rng = np.random.default_rng(seed)
-        examples = [TASKS[task].example(rng) for _ in range(count)]
+        examples = [TASKS[task].example(rng, LENGTHS[0] + i % (LENGTHS[1] - LENGTHS[0] + 1)) for i in range(count)]
         start = torch.tensor([encode(e) for e in examples])
         start[:, PROMPT:] = IDS[MASK]
         shares = []
@@ -157,9 +137,9 @@ def report(module: nn.Module, seed: int = 12345, count: int = 96) -> dict[str, t
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     rng = np.random.default_rng(args.seed)
-    module = build(args.width, args.layers, args.heads, args.inner)
+    module = build(args.width, args.layers, args.heads)
     if args.resume is not None:
-        module.load_state_dict(load_masked_checkpoint(args.resume, torch.float32).state_dict())
+        module.load_state_dict(GPT2LMHeadModel.from_pretrained(args.resume, dtype=torch.float32).state_dict())
         module.train()
     parameters = sum(p.numel() for p in module.parameters())
     average = {name: value.detach().clone() for name, value in module.named_parameters()}
@@ -206,12 +186,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--resume", type=Path, default=None, help="a checkpoint to go on from; the optimiser starts anew")
     parser.add_argument("--minutes", type=float, default=25.0)
-    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--width", type=int, default=96)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--inner", type=int, default=344)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=1.5e-3)
+    parser.add_argument("--batch", type=int, default=24)
+    parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--every", type=int, default=50)
     train(parser.parse_args())

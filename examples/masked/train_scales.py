@@ -29,7 +29,7 @@ SLOTS = sum(s * s for s in SIZES)
 CLASS = CODES + LEVELS  # ids: codes, levels, ten classes, no class, mask
 NONE, MASK = CLASS + 10, CLASS + 11
 TRAINED = 1500
-MODELS = {"scales-large": (128, 4), "scales-small": (64, 2)}
+MODELS = {"scales-large": (96, 4), "scales-small": (48, 2)}
 
 
 def images() -> tuple[np.ndarray, np.ndarray]:
@@ -126,7 +126,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8.0, help="for the large model; the small one has half of it")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

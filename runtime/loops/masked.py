@@ -29,7 +29,7 @@ from planc.runtime.masked.hooks import (
     StopHook,
     WindowHook,
 )
-from planc.runtime.sampling import process
+from planc.runtime.sampling import noise, process
 
 if TYPE_CHECKING:
     from planc.runtime.decode import Masked, Sampling
@@ -144,24 +144,28 @@ class Filling:
         canvas.gap[slots] = raw.top - raw.second
         reply = raw if row.fusion is None else row.fusion.fuse(canvas, slots, raw)
         if self.sampling.temperature > 0.0:
-            canvas.x0[slots], logit = self._sample(canvas, reply)
+            canvas.x0[slots], logit = self._sample(canvas, slots, reply)
         else:
             canvas.x0[slots], logit = reply.best, reply.top
-        canvas.confidence[slots] = self._confidence(canvas, reply, logit)
+        canvas.confidence[slots] = self._confidence(canvas, slots, reply, logit)
         canvas.asked[slots] = canvas.step
 
-    def _sample(self, canvas: Canvas, reply: Reply) -> tuple[Ints, Floats]:
-        """A token per slot with the row's own noise, and its logit."""
+    def _sample(self, canvas: Canvas, slots: Slots, reply: Reply) -> tuple[Ints, Floats]:
+        """A token per slot and its logit: drawn for the open slots, the likeliest elsewhere, which is what an early stop writes.
+
+        The noise belongs to seed, row, slot and step, so that it does not depend on what else shares the pass; in float64, as float32 gives others.
+        """
         assert reply.logits is not None
-        plain = self.sampling.top_k == 0 and self.sampling.top_p == 1.0 and self.sampling.min_p == 0.0
-        wide = reply.logits.astype(np.float64)
-        scores = wide / self.sampling.temperature if plain else np.stack([process(line, self.sampling) for line in reply.logits])
-        tokens = np.argmax(scores + canvas.rng.gumbel(size=scores.shape), axis=-1)  # float64 throughout: float32 noise gives other samples
+        tokens, plain = reply.best.copy(), self.sampling.top_k == 0 and self.sampling.top_p == 1.0 and self.sampling.min_p == 0.0
+        for i in np.flatnonzero(canvas.masked[slots] & canvas.window[slots]):
+            line = reply.logits[i].astype(np.float64)
+            scores = line / self.sampling.temperature if plain else process(line, self.sampling)
+            tokens[i] = np.argmax(scores + noise(self.sampling.seed, canvas.key, (canvas.step << 32) | int(slots[i]), len(scores)))
         return tokens, np.take_along_axis(reply.logits, tokens[:, None], 1)[:, 0]
 
-    def _confidence(self, canvas: Canvas, reply: Reply, logit: Floats) -> Floats:
+    def _confidence(self, canvas: Canvas, slots: Slots, reply: Reply, logit: Floats) -> Floats:
         if self.plan.score == "random":
-            return canvas.rng.random(len(logit)).astype(np.float32)
+            return canvas.rng.random(len(canvas.tokens))[slots].astype(np.float32)
         if self.plan.score == "neg_entropy":
             return reply.mean - reply.total
         sure: Floats = np.exp(logit - reply.total)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, Self
 
 import numpy as np
 
@@ -54,6 +55,10 @@ class Hook(PlanPart):
 
     def start(self, canvas: Canvas) -> Any:
         """The policy for one row."""
+        return self
+
+    def bind(self, folder: Path) -> Self:
+        """The part with what it reads from files, whose names (`file`) count from `folder`."""
         return self
 
 

@@ -44,14 +44,9 @@ def load(directory: str | Path, *, threads: int | None = None, verify: bool = Tr
         ) from error
     text = Text.load(directory, eos_ids=manifest.eos_ids or None)
     if manifest.task == "filling":
-        return Filler(
-            _engine_class("masked", "MaskedEngine", directory, manifest)(directory, manifest, threads),
-            text,
-            decode,
-            None,
-            manifest,
-            directory,
-        )
+        make = _engine_class("masked", "MaskedEngine", directory, manifest)
+        first, *others = (make(directory, manifest, threads, number) for number in range(len(manifest.extra["models"])))
+        return Filler(first, text, decode, None, manifest, directory, others=others)
     models = _draft_models(directory, manifest, decode, text, threads)
     return Executable(_engine(directory, manifest, threads), text, decode, manifest.contract, manifest, directory, models)
 

@@ -16,7 +16,7 @@ from planc.passes.segments import Segments
 from planc.runtime.errors import CompileError
 from planc.runtime.masked.engine import HIDDEN
 
-FULL = ["llama", "qwen3", "gpt2", "gpt_neox", "variant 2"]
+FULL = ["llama", "gpt2", "gpt_neox"]
 
 
 def logits(program, ids, segments):  # type: ignore[no-untyped-def]

@@ -261,7 +261,7 @@ def test_a_window_of_nothing_is_an_error() -> None:
         ({"window": BLOCKS, "select": {"schedule": {"steps": 3}}}, "do not divide"),
         ({"window": BLOCKS, "select": {"schedule": {"steps": 1}}}, "do not divide"),
         ({"stop": {"gap_all_in": {"offset": 16}}}, "offset 16"),
-        ({"forced": {3: 1}, "end": "truncate"}, "cut the canvas"),
+        ({"forced": [{"offset": 3, "token": 1}], "end": "truncate"}, "cut the canvas"),
     ],
 )
 def test_what_cannot_be_filled_is_refused_with_the_plan(masked: dict[str, Any], message: str) -> None:
