@@ -2,7 +2,7 @@
 
 Matches   the first decoder layer of a program, h = layer(e), and what makes the logits of its last, head(s)
 Produces  h = layer(fuse(e, f)) with the new input `states` f [B,R,K]; the output `tap.feedback` [B,R,K]: s, or a vector of its own
-Keeps     all other shapes; new parameters start such that the layer reads the mean of e and f
+Keeps     all other shapes; new parameters start such that the layer reads e and f in equal parts, as large together as what it adds to them
 Refuses   a layer that does not read one hidden state; with `feedback: own` a layer whose last sublayer is no MLP
 Paper     EAGLE (fuse: linear), FSPAD (83: fuse: gated, feedback: own); papers/A1 sections 2 and 5
 """
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
+from planc.backends.reference import execute
 from planc.compiler.blocks import find_blocks, head_of
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Pass, Stage
@@ -25,6 +26,7 @@ from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
 _NAME = "draft_head"  # of new parameters
+_SAMPLE, _TINY = 64, 1e-6
 #: what may stand between the last product of an MLP and its sum with the hidden state
 _BEHIND = (OPS.rms_norm.default, aten.layer_norm.default, aten.view.default, aten.reshape.default)
 
@@ -46,16 +48,15 @@ class AttachHead(Pass):
         entry = edit[blocks[0].entry]
         batch, rows, width = entry.meta["val"].shape
         states = edit.input("states", torch.float32, batch, rows, width)
-        self._fuse(edit, entry, states, width)
+        self._fuse(edit, entry, states, width, *_parts(program, entry.name))
         state = edit[head_of(program).args[0]]
         edit.outputs(**{FEEDBACK: state if self.feedback == "shared" else self._own(program, edit, state)})
         return edit.done(1, 1)
 
-    def _fuse(self, edit: Editor, entry: Node, states: Node, width: int) -> None:
-        half = 0.5 * torch.eye(width)
+    def _fuse(self, edit: Editor, entry: Node, states: Node, width: int, token: float, state: float) -> None:
         readers = sorted(entry.users, key=list(edit.graph.nodes).index)
         with edit.before(readers[0]):
-            weight = edit.param(f"{_NAME}.fuse.weight", torch.cat([half, half], 1))
+            weight = edit.param(f"{_NAME}.fuse.weight", torch.cat([token * torch.eye(width), state * torch.eye(width)], 1))
             bias = edit.param(f"{_NAME}.fuse.bias", torch.zeros(width))
             fused = edit.call(aten.linear.default, edit.call(aten.cat.default, [entry, states], -1), weight, bias)
             if self.fuse == "gated":
@@ -95,6 +96,23 @@ class AttachHead(Pass):
             for node in _between(term, state):
                 copies[node] = edit.call(node.target, *torch.fx.node.map_arg(node.args, lambda n: copies.get(n, n)))
         return copies[state]
+
+
+def _parts(program: Program, entry: str) -> tuple[float, float]:
+    """By how much to multiply token and state at first, from their sizes and from what the layers make of a token, on random ones.
+
+    Embeddings are often much smaller than states, and both than what a late layer adds: unscaled, the layer would see nothing of the token, and
+    the next layer nothing of either.
+    """
+    ids = torch.randint(0, program.info.vocab_size, (1, _SAMPLE), generator=torch.Generator().manual_seed(0))
+    last, seen = find_blocks(program)[-1].exit, dict[str, Tensor]()
+    positions = torch.arange(_SAMPLE)[None]
+    state = head_of(program).args[0]
+    for node, value in execute(program, {"input_ids": ids, "position_ids": positions}):
+        if node.name in (entry, last, state.name):
+            seen[node.name] = value.float().pow(2).mean().sqrt()
+    added = float(seen[last])
+    return 0.5 * added / max(float(seen[entry]), _TINY), 0.5 * added / max(float(seen[state.name]), _TINY)
 
 
 def _inner(edit: Editor, width: int) -> int:

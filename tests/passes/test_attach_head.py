@@ -58,13 +58,16 @@ def test_a_fuse_that_reads_the_token_alone_changes_nothing(name: str, rows: int,
         close(have["logits"], probe(plain, ids)["logits"])
 
 
-def test_the_state_counts_as_much_as_the_token() -> None:
-    """Before training the layer reads the mean of both: with the token's own embedding as its state it is the model again."""
-    plain, head = raised("llama"), applied(LINEAR, raised("llama"))
-    ids = token_ids(2, 7)
-    close(outputs(head, ids, plain.params["model.embed_tokens.weight"][ids])["logits"], probe(plain, ids)["logits"])
-    other = outputs(head, ids, torch.zeros(2, 7, width(head)))["logits"]
-    assert (other - probe(plain, ids)["logits"]).abs().max() > 0.1
+@pytest.mark.parametrize("scale", [1.0, 0.01])
+def test_the_state_counts_as_much_as_the_token(scale: float) -> None:
+    """However small the embeddings are: another token moves the logits about as much as another state does."""
+    plain = raised("llama")
+    table = {"model.embed_tokens.weight": plain.params["model.embed_tokens.weight"] * scale}
+    head = applied(LINEAR, plain.replace(params={**plain.params, **table}))
+    ids, states = token_ids(1, 1), torch.randn(2, 1, 1, width(head), generator=torch.Generator().manual_seed(0))
+    logits = [outputs(head, token, state)["logits"] for token, state in ((ids, states[0]), (ids + 1, states[0]), (ids, states[1]))]
+    by_token, by_state = ((other - logits[0]).norm() for other in logits[1:])
+    assert 0.2 < by_token / by_state < 5.0
 
 
 def test_gate_and_own_feedback_start_without_effect() -> None:
