@@ -11,7 +11,7 @@ Paper     int8: per-row and per-token scales as in LLM.int8 and SmoothQuant; blo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Self, get_args
 
 import torch
@@ -29,6 +29,7 @@ from planc.compiler.low_rank import LowRank, decompose
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe, module_matches, module_paths
 from planc.compiler.rounding import second_moments
+from planc.compiler.training import sensitivities
 from planc.compiler.weight_forms import Format, Stored, blocks, int8_rows, store, tabled
 from planc.runtime.errors import CompileError
 
@@ -37,6 +38,7 @@ Choice = Literal[Format, "keep", "none"]
 
 #: What `budget` chooses from: (bits, block) of NormalFloat.
 GRID = tuple((bits, block) for bits in (2, 3, 4) for block in (16, 32, 64))
+_SEQUENCES = 8  # of the text, on which the gradients of the loss are taken
 _SAMPLE = 256  # rows on which the error of an option is estimated
 
 
@@ -48,6 +50,7 @@ class _Product:
     name: str  # of its weight
     form: Format
     block: int
+    rows: Tensor | None = None  # [N]: by what errors of its outputs are weighed
 
 
 class QuantizeWeights(Pass):
@@ -78,7 +81,11 @@ class QuantizeWeights(Pass):
         le=8.0,
         description="mean bits per weight of the nf formats, scales included: bits and block are chosen per matrix",
     )
-    weigh: bool = Field(default=False, description="weigh errors of low_rank, budget and codebooks by the inputs seen in calibration text")
+    weigh: bool = Field(
+        default=False,
+        description="weigh errors of low_rank, budget and codebooks by the inputs that calibration text makes, "
+        "those of low_rank and budget also by the gradients of its loss (Fisher)",
+    )
     tables: int = Field(default=8, ge=1, le=256, description="tables of a codebook format: rows of like distribution share one")
     learn: int = Field(
         default=0, ge=0, le=2000, description="steps in which tables and places of a codebook are learned on calibration text"
@@ -127,6 +134,8 @@ class QuantizeWeights(Pass):
                 where=f"pass {self.key}",
                 fix="use format int4_blocks, or remove smooth",
             )
+        if self.weigh and (self.low_rank or self.budget):
+            products = self._sensitive(program, products, context)
         if self.budget is not None:
             products = self._allocate(program, products, context, notes)
         if any(map(self._calibrated, products)):
@@ -149,6 +158,12 @@ class QuantizeWeights(Pass):
             )
         return _Product(node, name, form, self.block)
 
+    def _sensitive(self, program: Program, products: list[_Product], context: Context) -> list[_Product]:
+        """The products with how much the loss of some of the text depends on their outputs; int8 ones, which nothing weighs, as they are."""
+        weighed = [p for p in products if p.form != "int8"]
+        found = sensitivities(program, (p.node for p in weighed), calibration_text(context, self.key)[:_SEQUENCES]) if weighed else {}
+        return [replace(p, rows=found.get(p.node)) for p in products]
+
     def _allocate(self, program: Program, products: list[_Product], context: Context, notes: list[str]) -> list[_Product]:
         """NormalFloat products with bits and block chosen for the least error under the budget."""
         assert self.budget is not None
@@ -164,7 +179,7 @@ class QuantizeWeights(Pass):
             weight = program.params[product.name]
             options.append([(bits, block) for bits, block in GRID if weight.shape[1] % block == 0])
             columns = seen[product.node.args[0], Moments].mean_square.sqrt().float() if seen else None
-            costs.append([_cost(weight, bits, block, columns) for bits, block in options[-1]])
+            costs.append([_cost(weight, bits, block, columns, product.rows) for bits, block in options[-1]])
             sizes.append([bits_of(weight.shape[0], weight.shape[1], bits, block) for bits, block in options[-1]])
         total = sum(program.params[p.name].numel() for p in free)
         try:
@@ -179,7 +194,7 @@ class QuantizeWeights(Pass):
         spent = sum(row[j] for row, j in zip(sizes, chosen, strict=True))
         mix = {bits: sum(found[0] == bits for found in forms.values()) for bits in (2, 3, 4)}
         notes.append(f"{spent / total:.4f} bits per weight of {self.budget:g}; matrices by bits: {mix}")
-        return [_Product(p.node, p.name, f"nf{forms[p.name][0]}", forms[p.name][1]) if p.name in forms else p for p in products]  # type: ignore[arg-type]
+        return [replace(p, form=f"nf{forms[p.name][0]}", block=forms[p.name][1]) if p.name in forms else p for p in products]  # type: ignore[arg-type]
 
     # ---- statistics of inputs
 
@@ -210,19 +225,20 @@ class QuantizeWeights(Pass):
         return stored.weight if split is None else stored.weight + split.left.float() @ split.right.float()
 
     def _quantize(self, weight: Tensor, product: _Product, gram: Tensor | None) -> tuple[Stored, LowRank | None]:
-        rounding = gram if self.rounding == "gptq" else None
-        importance = self._importance(weight, gram)
+        rounding, importance = gram if self.rounding == "gptq" else None, self._importance(weight, gram)
 
-        def stored(value: Tensor) -> Stored:
+        def stored(value: Tensor, rounding: Tensor | None = None) -> Stored:
             if product.form.startswith("codebook"):
                 weights = gram if self.weigh or self.learn else None
                 return tabled(learned(value, int(product.form[-1]), product.block, self.tables, weights, self.learn, rounding))
             return store(value, product.form, product.block, rounding, importance)
 
         if not self.low_rank or product.form == "int8":
-            return stored(weight), None
+            return stored(weight, rounding), None
         rank = min(self.low_rank, *weight.shape)
-        split = decompose(weight, rank, stored, _columns(gram) if self.weigh else None)
+        split = decompose(weight, rank, stored, _columns(gram) if self.weigh else None, product.rows)
+        if rounding is not None:  # once, for the factors that are kept
+            split = replace(split, stored=stored(weight - split.left.float() @ split.right.float(), rounding))
         return split.stored, split
 
     def _importance(self, weight: Tensor, gram: Tensor | None) -> Tensor | None:
@@ -284,11 +300,13 @@ def _columns(gram: Tensor | None) -> Tensor | None:
     return None if gram is None else gram.diagonal().sqrt()
 
 
-def _cost(weight: Tensor, bits: int, block: int, columns: Tensor | None) -> float:
-    """Squared error of a NormalFloat, weighed by input, estimated on evenly spread rows."""
-    rows = weight[:: max(1, len(weight) // _SAMPLE)]
-    error = rows - store(rows, f"nf{bits}", block).weight  # type: ignore[arg-type]
-    return float((error if columns is None else error * columns).pow(2).sum()) * len(weight) / len(rows)
+def _cost(weight: Tensor, bits: int, block: int, columns: Tensor | None, rows: Tensor | None) -> float:
+    """Squared error of a NormalFloat, weighed by input and output, estimated on evenly spread rows."""
+    some = slice(None, None, max(1, len(weight) // _SAMPLE))
+    error = weight[some] - store(weight[some], f"nf{bits}", block).weight  # type: ignore[arg-type]
+    error = error if columns is None else error * columns
+    error = error if rows is None else error * rows[some, None]
+    return float(error.pow(2).sum()) * len(weight) / len(error)
 
 
 def _check_finite(weight: Tensor, node: Node) -> None:

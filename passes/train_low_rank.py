@@ -8,18 +8,17 @@ Paper     LQ-LoRA (Guo et al. 2023), which trains them as a LoRA adapter; Adam w
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
 from pydantic import Field
 from torch import Tensor
-from torch.fx import Node
 
 from planc.compiler.calibration import calibration_text
-from planc.compiler.dialect import LINEARS, OPS, REFERENCES
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Program
+from planc.compiler.training import differentiable, next_token_loss
 from planc.runtime.errors import CompileError
 
 _WARM = 0.1  # share of the steps in which the rate rises
@@ -58,52 +57,17 @@ class TrainLowRank(Pass):
         return edit.done(len(names), len(names), [f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps"])
 
     def _train(self, program: Program, factors: Mapping[str, Tensor], text: Tensor, progress: Any) -> list[float]:
-        functions, losses, steps = _differentiable(program), list[float](), range(self.steps)
+        functions, losses, steps = differentiable(program), list[float](), range(self.steps)
         adam = torch.optim.Adam(factors.values(), lr=self.rate, betas=(0.9, 0.95))
         warm = max(1, round(_WARM * self.steps))
         for step in progress(steps, "training") if progress else steps:
             share = (step + 1) / warm if step < warm else 0.5 + 0.5 * math.cos(math.pi * (step - warm) / max(1, self.steps - warm))
             adam.param_groups[0]["lr"] = self.rate * share
             ids = text[step % len(text)][None]
-            logits = _logits(program, functions, factors, ids)[0, :-1]
-            loss = torch.nn.functional.cross_entropy(logits, ids[0, 1:])
+            loss = next_token_loss(program, functions, ids, factors)
             adam.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(factors.values(), _CLIP)
             adam.step()
             losses.append(float(loss.detach()))
         return losses
-
-
-def _differentiable(program: Program) -> dict[Node, Callable[..., Tensor]]:
-    """What computes each node so that gradients reach the factors: quantised products as products with the matrix that they stand for."""
-    functions = {}
-    for node in program.main.nodes:
-        if node.target in LINEARS[1:]:
-            stored = [program.params[str(a.target)] if isinstance(a, Node) else a for a in node.args[1:]]
-            stored = (
-                stored[:3] if node.target is OPS.linear_int8.default else stored
-            )  # a fixed step of activations would cut unit vectors off
-            width = int(node.args[0].meta["val"].shape[-1])
-            bias = node.target(torch.zeros(1, width), *stored)[0]
-            weight = (node.target(torch.eye(width), *stored) - bias).t().contiguous()  # it is affine: the unit vectors say which matrix
-            functions[node] = lambda x, *_, weight=weight, bias=bias: torch.nn.functional.linear(x, weight, bias)
-        elif node.op == "call_function":
-            functions[node] = REFERENCES.get(node.target, node.target)
-    return functions
-
-
-def _logits(program: Program, functions: Mapping[Node, Callable[..., Any]], factors: Mapping[str, Tensor], ids: Tensor) -> Tensor:
-    """Logits [B,L,V] of token ids [B,L], with gradients to the factors."""
-    inputs = {"input_ids": ids, "position_ids": torch.arange(ids.shape[1])[None].expand(len(ids), -1)}
-    values: dict[Any, Any] = {}
-    for node in program.main.nodes:
-        if node.op == "placeholder":
-            values[node] = inputs[str(node.target)]
-        elif node.op == "get_attr":
-            values[node] = factors.get(str(node.target), program.params[str(node.target)])
-        elif node.op == "call_function":
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = functions[node](*args, **kwargs)
-    logits: Tensor = values[program.outputs["logits"]]
-    return logits

@@ -24,7 +24,7 @@ from planc.backends.triton.kernels.segments import (
     write_part,
 )
 
-NAME, _TILE, _PART = "bitmap_attention", 64, 512
+NAME, _PART = "bitmap_attention", 512  # keys that one program takes at least
 WIDTHS = (32, 64, 128, 256)
 
 
@@ -67,7 +67,7 @@ def reference(q: Tensor, k: Bitmap, v: Bitmap, lengths: Tensor, scale: float) ->
     return scores_reference(q, decode_reference(k), decode_reference(v), visible, scale)
 
 
-# Encoding, per tile of 64 rows. Bytes: 2 D read and 2 n + D/8 written a row. The smallest magnitude that is kept is found bit by bit: the largest
+# Encoding, per tile of rows. Bytes: 2 D read and 2 n + D/8 written a row. The smallest magnitude that is kept is found bit by bit: the largest
 # pattern that at least n magnitudes reach. No sort, no size that depends on the data.
 
 
@@ -120,7 +120,8 @@ def bitmap_encode(x: Tensor, keep: int) -> Bitmap:
     B, T, G, D = x.shape
     check(0 < keep <= D, "bitmap_encode", f"{keep} of {D} values cannot be kept", f"keep 1 to {D}")
     bits, values = torch.empty(B, G, T, D // 32, dtype=torch.int32, device=x.device), x.new_empty(B, G, T, keep)
-    launch(_encode, (triton.cdiv(T, _TILE), B * G), x, bits, values, T, G, *x.stride()[:3], KEEP=keep, D=D, TILE=_TILE)
+    tile = 4096 // D  # rows whose magnitudes, ranks and masks stay in registers
+    launch(_encode, (triton.cdiv(T, tile), B * G), x, bits, values, T, G, *x.stride()[:3], KEEP=keep, D=D, TILE=tile)
     return Bitmap(bits, values)
 
 
@@ -197,11 +198,11 @@ def bitmap_attention(q: Tensor, k: Bitmap, v: Bitmap, lengths: Tensor, scale: fl
     check(D in WIDTHS, NAME, f"heads are {D} wide", "use heads of 32, 64, 128 or 256")
     check(lengths.shape == (B,) and q.shape[0] == B, NAME, "q, k and lengths have different numbers of sequences", f"give {B} of each")
     check_type(NAME, "lengths", lengths, torch.int32, torch.int64)
-    parts = parts or max(1, triton.cdiv(T, _PART))
-    out, per_part = Parts.empty(parts, q, D), triton.cdiv(triton.cdiv(T, parts), _TILE) * _TILE
+    parts, tile = parts or max(1, triton.cdiv(T, _PART)), 64 if D <= 64 else 32  # ranks take registers, too
+    out, per_part = Parts.empty(parts, q, D), triton.cdiv(triton.cdiv(T, parts), tile) * tile
     launch(
         _attend, (parts, B * G), *tensors, out.o, out.m, out.l, B, R, H, G, T, scale, *q.stride()[:3], per_part,
-        KEEP_K=k.values.shape[3], KEEP_V=v.values.shape[3], GROUP=H // G, M=tile_rows, D=D, TILE=_TILE, stages=2,
+        KEEP_K=k.values.shape[3], KEEP_V=v.values.shape[3], GROUP=H // G, M=tile_rows, D=D, TILE=tile, warps=4 if tile_rows <= 64 else 8, stages=2,
     )  # fmt: skip
     return out
 

@@ -15,6 +15,7 @@ from planc.backends.triton.kernels.segments import (
     merge,
     rows_of,
     scores_reference,
+    tile_of,
     write_part,
 )
 
@@ -120,7 +121,8 @@ def page_attention(q: Tensor, k: Tensor, v: Tensor, pages: Tensor, lengths: Tens
     strides = (*q.stride()[:3], *k.stride()[:3], *v.stride()[:3])
     launch(
         _kernel, (parts, B * G), q, k, v, pages, lengths, out.o, out.m, out.l, B, R, H, G, count, scale, *strides, triton.cdiv(count, parts),
-        GROUP=H // G, WIDTH=D, PAGE=size, M=tile_rows, D=power_of_two(D), stages=2,
+        GROUP=H // G, WIDTH=D, PAGE=size, M=tile_rows, D=power_of_two(D), warps=4 if tile_rows <= 64 else 8,
+        stages=2 if size <= tile_of(D, q.dtype) else 1,
     )  # fmt: skip
     return out
 

@@ -15,11 +15,12 @@ from planc.backends.triton.kernels.segments import (
     merge,
     rows_of,
     scores_reference,
+    tile_of,
     write_part,
 )
 
 NAME = "segment_attention"
-_TILE, _PART = 64, 512  # keys that are taken at once, and that one program takes at least
+_PART = 512  # keys that one program takes at least
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor, scale: float, mask: Tensor | None = None) -> Parts:
@@ -112,13 +113,14 @@ def segment_attention(
     if mask is not None:
         check_type(NAME, "mask", mask, torch.bool)
         check(mask.shape == (B, R, T) and mask.stride(2) == 1, NAME, f"the mask is {list(mask.shape)}", f"give [{B}, {R}, {T}], contiguous")
-    parts = parts or _parts(q.device, T, B * G)
-    per_part = triton.cdiv(triton.cdiv(T, parts), _TILE) * _TILE
+    parts, tile = parts or _parts(q.device, T, B * G), tile_of(max(D, E), q.dtype)
+    per_part = triton.cdiv(triton.cdiv(T, parts), tile) * tile
     out = Parts.empty(parts, q, E)
     strides = (*q.stride()[:3], *k.stride(), *v.stride(), *((0, 0) if mask is None else mask.stride()[:2]))
     launch(
         _kernel, (parts, B * G), q, k, v, lengths, mask, out.o, out.m, out.l, B, R, H, G, scale, *strides, per_part,
-        MASK=mask is not None, GROUP=H // G, WIDTH=D, VALUES=E, M=tile_rows, D=power_of_two(D), E=power_of_two(E), TILE=_TILE, stages=2,
+        MASK=mask is not None, GROUP=H // G, WIDTH=D, VALUES=E, M=tile_rows, D=power_of_two(D), E=power_of_two(E), TILE=tile,
+        warps=4 if tile_rows <= 64 else 8, stages=2,
     )  # fmt: skip
     return out
 

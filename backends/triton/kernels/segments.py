@@ -16,7 +16,7 @@ from torch import Tensor
 
 from planc.backends.triton.kernels.launch import FLOATS, check, check_tensors, check_type, launch, power_of_two
 
-WIDEST, ROWS = 256, 128  #: head width, and rows of queries times heads that share a key/value head
+WIDEST, ROWS = 256, 128  #: head width, and rows of queries times heads that share a key/value head; half as many with heads above 128
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,11 @@ def merge(parts: Parts, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Ten
     return out, lse
 
 
+def tile_of(width: int, dtype: torch.dtype) -> int:
+    """Keys that are taken at once, so that two tiles of keys and of values fit into the memory of a multiprocessor."""
+    return 64 if width * dtype.itemsize <= 256 else 32
+
+
 def check_queries(kernel: str, q: Tensor, heads: int, width: int, dtype: torch.dtype) -> int:
     """Check queries [B,R,H,D] against `heads` key/value heads of a width; gives the rows of a tile."""
     check_type(kernel, "q", q, *FLOATS)
@@ -131,12 +136,8 @@ def check_queries(kernel: str, q: Tensor, heads: int, width: int, dtype: torch.d
     check(q.shape[3] == width, kernel, f"queries are {q.shape[3]} wide, keys {width}", "give matching heads")
     check(0 < width <= WIDEST, kernel, f"heads are {width} wide, at most {WIDEST} fit into registers", "use scaled_dot_product_attention")
     check(q.shape[2] % heads == 0, kernel, f"{q.shape[2]} query heads do not share {heads} key/value heads", "give a multiple of them")
-    rows = q.shape[1] * (q.shape[2] // heads)
+    rows, most = q.shape[1] * (q.shape[2] // heads), ROWS if width <= 128 else ROWS // 2
     fix = "attend to fewer rows at once, or use scaled_dot_product_attention for prompts"
-    check(
-        0 < rows <= ROWS,
-        kernel,
-        f"{q.shape[1]} rows of {q.shape[2] // heads} heads are {rows} rows per key/value head, at most {ROWS} fit",
-        fix,
-    )
+    problem = f"{q.shape[1]} rows of {q.shape[2] // heads} heads are {rows} rows per key/value head, at most {most} fit"
+    check(0 < rows <= most, kernel, problem, fix)
     return power_of_two(rows)
