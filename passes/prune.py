@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -33,7 +33,7 @@ from planc.runtime.registry import item_of
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, OPS.conv2d.default)
 UNITS: dict[str, tuple[str, ...]] = {"heads": ("heads",), "channels": ("channels",), "units": ("heads", "channels")}
-Part = Any  # a plan part, see registry.item_of
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Tune(BaseModel):
@@ -59,8 +59,10 @@ class Prune(Pass):
         "neighbouring inputs of an output",
     )
     allocation: item_of("allocation") = Field(default=Uniform(), description="how the budget is shared out")  # type: ignore[valid-type]
-    sparsity: float | None = Field(
-        default=None, ge=0.0, lt=1.0, description="share of the parameters in reach that is removed; N:M says it by itself"
+    sparsity: Share | dict[str, Share] | None = Field(
+        default=None,
+        description="share of the parameters in reach that is removed; or of single matrices, by module pattern, the first match wins and others "
+        "stay whole; N:M says it by itself",
     )
     repair: item_of("repair") = Field(default=Nothing(), description="what makes up for the loss")  # type: ignore[valid-type]
     schedule: item_of("schedule") = Field(default=AtOnce(), description="how much is removed when")  # type: ignore[valid-type]
@@ -78,6 +80,10 @@ class Prune(Pass):
             raise PlanError("plan-bad-value", message, fix="remove `sparsity`" if self.sparsity is not None else "add `sparsity`")
         if ":" in self.granularity and self.pattern[0] >= self.pattern[1]:
             raise PlanError("plan-bad-value", f"{self.granularity} removes nothing", fix="N must be smaller than M")
+        if self.granularity in UNITS and isinstance(self.sparsity, dict):
+            raise PlanError(
+                "plan-bad-value", "heads and channels share one sparsity", fix="give a number, and name the readers by `modules`"
+            )
         if self.granularity in UNITS and isinstance(self.repair, Swap):
             raise PlanError("plan-bad-value", "swap exchanges single weights", fix="use repair mean_bias with heads and channels")
         if ":" in self.granularity and not isinstance(self.schedule, AtOnce):
@@ -102,7 +108,7 @@ class Prune(Pass):
         note = str(self.item())
         if any(c.pass_name == self.key and note in c.notes for c in program.history):
             return program
-        shares = self.schedule.shares(self.sparsity) if self.sparsity is not None else [None]
+        shares = self._shares()
         current, pruned = program, 0
         for number, share in enumerate(shares, 1):
             current, keep = self._step(current, share, context)
@@ -113,14 +119,21 @@ class Prune(Pass):
         edit = _shortened(current.edit(self.key))
         return edit.done(0, 0).replace(history=(*program.history, Change(self.key, len(self._products(program)), pruned, (note,))))
 
-    def _step(self, program: Program, share: float | None, context: Context) -> tuple[Program, dict[str, Tensor]]:
+    def _shares(self) -> list[float | dict[str, float] | None]:
+        """What is gone after each step."""
+        if not isinstance(self.sparsity, dict):
+            return [None] if self.sparsity is None else list(self.schedule.shares(self.sparsity))
+        steps = {pattern: self.schedule.shares(share) for pattern, share in self.sparsity.items()}
+        return [{pattern: shares[i] for pattern, shares in steps.items()} for i in range(len(self.schedule.shares(0.0)))]
+
+    def _step(self, program: Program, share: float | dict[str, float] | None, context: Context) -> tuple[Program, dict[str, Tensor]]:
         """Score, choose and repair once; the program with `share` of its weights gone, and masks of those that stay by parameter."""
         products = self._products(program)
         groups = self._groups(program, products) if self.granularity in UNITS else []
         if groups:
             products = [p for p in products if any(site.reader is p for group in groups for site in group.read)]
         layers = self._layers(program, products, context)
-        masks = self._unit_masks(program, groups, layers, share) if groups else self._weight_masks(layers, share)
+        masks = self._unit_masks(program, groups, layers, share) if groups else self._weight_masks(layers, share)  # type: ignore[arg-type]
         edit, kept = program.edit(self.key), dict[str, Tensor]()
         for name, layer in layers.items():
             if name in masks and not bool(masks[name].all()):
@@ -147,7 +160,7 @@ class Prune(Pass):
     def _products(self, program: Program) -> list[Node]:
         """Products with weights of their own, those that the patterns name or all but the last."""
         found = [n for n in program.main.nodes if n.target in PRODUCTS and n.args[1].op == "get_attr"]
-        for pattern in self.modules:
+        for pattern in (*self.modules, *(self.sparsity if isinstance(self.sparsity, dict) else ())):
             if not any(module_matches(str(n.args[1].target), pattern) for n in found):
                 paths = ", ".join(str(n.args[1].target).partition(".weight")[0] for n in found[:3])
                 message = f"the pattern {pattern!r} matches no dense layer or convolution"
@@ -195,7 +208,7 @@ class Prune(Pass):
                 masks[site.param] = masks.get(site.param, torch.ones_like(layer.weight, dtype=torch.bool)) & layer.along_inputs(keep).bool()
         return masks
 
-    def _weight_masks(self, layers: Mapping[str, Layer], share: float | None) -> dict[str, Tensor]:
+    def _weight_masks(self, layers: Mapping[str, Layer], share: float | dict[str, float] | None) -> dict[str, Tensor]:
         """Which weights stay, shaped like them."""
         n, m = self.pattern
         scores = []
@@ -205,8 +218,12 @@ class Prune(Pass):
                 message = f"{score.shape[1]} inputs do not divide into groups of {m}"
                 raise CompileError("prune-pattern", message, node=describe(layer.node), fix="use another M, or leave it out by `modules`")
             scores.append(score.reshape(-1, m) if m else score)
-        allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
-        gone = allocation.weights(scores, (m - n) / m if m else share)  # type: ignore[arg-type]
+        if isinstance(share, dict):  # every matrix for itself
+            own = [next((v for p, v in share.items() if module_matches(name, p)), 0.0) for name in layers]
+            gone = [self.allocation.weights([score], v)[0] for score, v in zip(scores, own, strict=True)]
+        else:
+            allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
+            gone = allocation.weights(scores, (m - n) / m if m else share)  # type: ignore[arg-type]
         return {name: ~g.reshape(layer.weight.shape) for (name, layer), g in zip(layers.items(), gone, strict=True)}
 
 
