@@ -190,6 +190,26 @@ def test_a_plan_gets_the_smaller_matrices_unless_it_says_no() -> None:
     assert "realise" not in keys(granularity="weights")
 
 
+def test_propagation_sees_the_pruned_layers() -> None:
+    """Layer by layer by hand: prune what comes first, calibrate the next on the program as it is by then."""
+    program, options = raised("llama"), {"score": "wanda", "allocation": "rows", "sparsity": 0.5, "repair": "obs_update"}
+    parts = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    by_hand = program
+    for layer in range(2):
+        for names in parts:
+            by_hand = prune(by_hand, **options, modules=tuple(f"layers.{layer}.*.{name}" for name in names))
+    at_once = applied(Prune(**options, propagate=True), program, CONTEXT)
+    for name, weight in weights(by_hand).items():
+        close(weights(at_once)[name], weight, 1e-4)
+    dense = weights(prune(program, **options))
+    assert any(not torch.equal(weight, dense[name]) for name, weight in weights(at_once).items())
+
+
+def test_propagation_without_calibration_is_the_same() -> None:
+    one, two = (prune(raised("gpt2"), sparsity=0.5, propagate=propagate) for propagate in (False, True))
+    assert all(torch.equal(one.params[name], value) for name, value in two.params.items())
+
+
 # ---- repairs -------------------------------------------------------------------------------------------------------------------------
 
 
@@ -340,6 +360,7 @@ def test_refuses_training_that_diverges() -> None:
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": 0.5, "granularity": "2:4"}, "N:M"),
         ({"granularity": "4:4"}, "removes nothing"),
+        ({"granularity": "units", "sparsity": 0.5, "propagate": True}, "every matrix"),
         ({"granularity": "units", "sparsity": {"*": 0.5}}, "share one"),
         ({"sparsity": {"*": 1.5}}, "less than 1"),
         ({"granularity": "2:4", "schedule": "cubic"}, "schedule"),
