@@ -10,6 +10,7 @@ A statistic is a mergeable accumulator: parts of a text, or several workers, giv
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, cast
 
@@ -318,6 +319,40 @@ def collect_in_turn(program: Program, nodes: Sequence[Node], ids: Tensor, then: 
             gram.add(value)
         matrix = then(gram).to(values[0][1].dtype)
         values = [run.send(value @ matrix) for run, (_, value) in zip(runs, values, strict=True)]
+
+
+def collect_sequentially(
+    program: Program,
+    products: Sequence[Node],
+    needs: Iterable[type[Statistic]],
+    ids: Tensor,
+    then: Callable[[Node, Statistics], tuple[Tensor, Tensor | None]],
+) -> None:
+    """Statistics of the inputs of dense layers, each as it is once all earlier ones were changed.
+
+    `then` gets a product and what was seen of its input, and returns the weight [N, K] and the bias that it computes with from there on. All
+    sequences of `ids` [S, L] run side by side.
+    """
+    inputs, wanted, kinds = {x for p in products if isinstance(x := p.args[0], Node)}, set(products), tuple(needs)
+    statistics, held = Statistics(dict.fromkeys(inputs, kinds)), dict[Node, list[Tensor]]()
+    readers = Counter(p.args[0] for p in products)
+    runs = [execute(program, batch) for batch in inputs_of(ids)]
+    values = [next(run) for run in runs]
+    while (node := values[0][0]).op != "output":
+        changed: list[Tensor | None] = [None] * len(runs)
+        if node in wanted:
+            weight, bias = then(node, statistics)
+            changed = [torch.nn.functional.linear(x, weight, bias) for x in held[node.args[0]]]  # type: ignore[index]
+        if node in inputs:
+            held[node] = [value if other is None else other for (_, value), other in zip(values, changed, strict=True)]
+            for value in held[node]:
+                for kind in kinds:
+                    statistics[node, kind].add(value[None] if value.dim() == 2 else value.flatten(1, -2))
+        values = [run.send(other) for run, other in zip(runs, changed, strict=True)]
+        if node in wanted:
+            readers[node.args[0]] -= 1  # type: ignore[index]
+            if not readers[node.args[0]]:  # type: ignore[index]
+                del held[node.args[0]]  # type: ignore[arg-type]
 
 
 def calibration_text(context: Context, key: str) -> Tensor:

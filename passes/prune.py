@@ -13,27 +13,27 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.calibration import Statistics, calibration_text, collect
+from planc.compiler.calibration import Statistics, calibration_text, collect, collect_sequentially
 from planc.compiler.dialect import OPS
 from planc.compiler.groups import Group, find_groups
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Change, Editor, Program, describe, module_matches
 from planc.compiler.tuning import tuned
-from planc.passes.pruning import Allocation, AtOnce, Layer, Magnitude, Nothing, Rows, Swap, Uniform
+from planc.passes.pruning import Allocation, AtOnce, Everywhere, Layer, Magnitude, Nothing, Rows, Swap, Uniform
 from planc.runtime.errors import CompileError, PlanError
 from planc.runtime.registry import item_of
 
 aten = torch.ops.aten
 PRODUCTS = (aten.linear.default, aten.conv1d.default, aten.conv2d.default, OPS.conv2d.default)
 UNITS: dict[str, tuple[str, ...]] = {"heads": ("heads",), "channels": ("channels",), "units": ("heads", "channels")}
-Part = Any  # a plan part, see registry.item_of
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Tune(BaseModel):
@@ -59,12 +59,17 @@ class Prune(Pass):
         "neighbouring inputs of an output",
     )
     allocation: item_of("allocation") = Field(default=Uniform(), description="how the budget is shared out")  # type: ignore[valid-type]
-    sparsity: float | None = Field(
-        default=None, ge=0.0, lt=1.0, description="share of the parameters in reach that is removed; N:M says it by itself"
+    sparsity: Share | dict[str, Share] | None = Field(
+        default=None,
+        description="share of the parameters in reach that is removed; or of single matrices, by module pattern, the first match wins and others "
+        "stay whole; N:M says it by itself",
     )
     repair: item_of("repair") = Field(default=Nothing(), description="what makes up for the loss")  # type: ignore[valid-type]
     schedule: item_of("schedule") = Field(default=AtOnce(), description="how much is removed when")  # type: ignore[valid-type]
     tune: Tune | None = Field(default=None, description="short training after every step")
+    propagate: bool = Field(
+        default=False, description="single weights: calibrate every layer on what the pruned layers before it give, not on the dense model"
+    )
     realise: bool = Field(default=True, description="heads and channels: make the matrices smaller; otherwise they only become zero")
     modules: tuple[str, ...] = Field(
         default=(),
@@ -78,6 +83,16 @@ class Prune(Pass):
             raise PlanError("plan-bad-value", message, fix="remove `sparsity`" if self.sparsity is not None else "add `sparsity`")
         if ":" in self.granularity and self.pattern[0] >= self.pattern[1]:
             raise PlanError("plan-bad-value", f"{self.granularity} removes nothing", fix="N must be smaller than M")
+        if self.propagate and (self.granularity in UNITS or isinstance(self.allocation, Everywhere)):
+            raise PlanError(
+                "plan-bad-value",
+                "propagate prunes layer by layer, which needs a budget for every matrix",
+                fix="use allocation rows or uniform, and granularity weights or N:M",
+            )
+        if self.granularity in UNITS and isinstance(self.sparsity, dict):
+            raise PlanError(
+                "plan-bad-value", "heads and channels share one sparsity", fix="give a number, and name the readers by `modules`"
+            )
         if self.granularity in UNITS and isinstance(self.repair, Swap):
             raise PlanError("plan-bad-value", "swap exchanges single weights", fix="use repair mean_bias with heads and channels")
         if ":" in self.granularity and not isinstance(self.schedule, AtOnce):
@@ -102,7 +117,7 @@ class Prune(Pass):
         note = str(self.item())
         if any(c.pass_name == self.key and note in c.notes for c in program.history):
             return program
-        shares = self.schedule.shares(self.sparsity) if self.sparsity is not None else [None]
+        shares = self._shares()
         current, pruned = program, 0
         for number, share in enumerate(shares, 1):
             current, keep = self._step(current, share, context)
@@ -113,23 +128,61 @@ class Prune(Pass):
         edit = _shortened(current.edit(self.key))
         return edit.done(0, 0).replace(history=(*program.history, Change(self.key, len(self._products(program)), pruned, (note,))))
 
-    def _step(self, program: Program, share: float | None, context: Context) -> tuple[Program, dict[str, Tensor]]:
+    def _shares(self) -> list[float | dict[str, float] | None]:
+        """What is gone after each step."""
+        if not isinstance(self.sparsity, dict):
+            return [None] if self.sparsity is None else list(self.schedule.shares(self.sparsity))
+        steps = {pattern: self.schedule.shares(share) for pattern, share in self.sparsity.items()}
+        return [{pattern: shares[i] for pattern, shares in steps.items()} for i in range(len(self.schedule.shares(0.0)))]
+
+    def _step(self, program: Program, share: float | dict[str, float] | None, context: Context) -> tuple[Program, dict[str, Tensor]]:
         """Score, choose and repair once; the program with `share` of its weights gone, and masks of those that stay by parameter."""
         products = self._products(program)
         groups = self._groups(program, products) if self.granularity in UNITS else []
         if groups:
             products = [p for p in products if any(site.reader is p for group in groups for site in group.read)]
-        layers = self._layers(program, products, context)
-        masks = self._unit_masks(program, groups, layers, share) if groups else self._weight_masks(layers, share)
+        if self.propagate:
+            found = self._one_by_one(program, products, share, context)
+        else:
+            layers = self._layers(program, products, context)
+            masks = self._unit_masks(program, groups, layers, share) if groups else self._weight_masks(layers, share)  # type: ignore[arg-type]
+            found = {layers[name].node: self._repaired(layers[name], keep) for name, keep in masks.items() if not bool(keep.all())}
         edit, kept = program.edit(self.key), dict[str, Tensor]()
-        for name, layer in layers.items():
-            if name in masks and not bool(masks[name].all()):
-                weight, lost = self.repair.repaired(layer, masks[name], self.pattern[1])
-                new = edit.swap(edit[layer.node], 1, weight, "*m")
-                kept[str(new.target)] = weight != 0
-                if lost is not None:
-                    edit.add_bias(edit[layer.node], lost, "*m")
+        for node, (weight, lost) in found.items():
+            new = edit.swap(edit[node], 1, weight, "*m")
+            kept[str(new.target)] = weight != 0
+            if lost is not None:
+                edit.add_bias(edit[node], lost, "*m")
         return (edit.done(1, 1) if kept else program), kept
+
+    def _repaired(self, layer: Layer, keep: Tensor) -> tuple[Tensor, Tensor | None]:
+        weight, lost = self.repair.repaired(layer, keep, self.pattern[1])
+        return weight, lost
+
+    def _one_by_one(
+        self, program: Program, products: list[Node], share: float | dict[str, float] | None, context: Context
+    ) -> dict[Node, tuple[Tensor, Tensor | None]]:
+        """New weights, and what is added to biases, of layers that each see the ones before them pruned."""
+        found: dict[Node, tuple[Tensor, Tensor | None]] = {}
+
+        def then(node: Node, seen: Statistics) -> tuple[Tensor, Tensor | None]:
+            name = str(node.args[1].target)  # type: ignore[union-attr]
+            layer = Layer(node, program.params[name], seen, program.params)
+            [keep] = self._weight_masks({name: layer}, share).values()
+            old = program.params[str(node.args[2].target)] if len(node.args) > 2 and isinstance(node.args[2], Node) else None
+            if bool(keep.all()):
+                return layer.weight, old
+            weight, lost = found[node] = self._repaired(layer, keep)
+            return weight, lost if old is None else old if lost is None else old + lost
+
+        _check_finite(program, products)
+        if conv := next((p for p in products if p.target is not aten.linear.default), None):
+            raise CompileError(
+                "pass-refused", "propagate needs dense layers", node=describe(conv), fix="leave convolutions out by `modules`"
+            )
+        needs = self.score.needs | self.repair.needs
+        collect_sequentially(program, products, needs, calibration_text(context, self.key), then)
+        return found
 
     def _tuned(self, program: Program, dense: Program, keep: Mapping[str, Tensor], context: Context, *, last: bool) -> Program:
         """The program trained for a while."""
@@ -147,7 +200,7 @@ class Prune(Pass):
     def _products(self, program: Program) -> list[Node]:
         """Products with weights of their own, those that the patterns name or all but the last."""
         found = [n for n in program.main.nodes if n.target in PRODUCTS and n.args[1].op == "get_attr"]
-        for pattern in self.modules:
+        for pattern in (*self.modules, *(self.sparsity if isinstance(self.sparsity, dict) else ())):
             if not any(module_matches(str(n.args[1].target), pattern) for n in found):
                 paths = ", ".join(str(n.args[1].target).partition(".weight")[0] for n in found[:3])
                 message = f"the pattern {pattern!r} matches no dense layer or convolution"
@@ -169,6 +222,7 @@ class Prune(Pass):
 
     def _layers(self, program: Program, products: Iterable[Node], context: Context) -> dict[str, Layer]:
         """What calibration has to say, if anything is asked of it, and the weights."""
+        _check_finite(program, products)
         needs = self.score.needs | self.repair.needs
         inputs = {p.args[0]: needs for p in products}
         axes = {p.args[0]: 1 for p in products if p.target is not aten.linear.default}
@@ -176,11 +230,6 @@ class Prune(Pass):
         if needs:
             seen = collect(program, inputs, calibration_text(context, self.key), context.progress, axes=axes)  # type: ignore[arg-type]
         layers = {str(p.args[1].target): Layer(p, program.params[str(p.args[1].target)], seen, program.params) for p in products}  # type: ignore[union-attr]
-        for layer in layers.values():
-            if not bool(torch.isfinite(layer.weight).all()):
-                raise CompileError(
-                    "pass-refused", "the weights hold NaN or infinity", node=describe(layer.node), fix="check the checkpoint"
-                )
         return layers
 
     def _unit_masks(self, program: Program, groups: list[Group], layers: Mapping[str, Layer], share: float | None) -> dict[str, Tensor]:
@@ -195,7 +244,7 @@ class Prune(Pass):
                 masks[site.param] = masks.get(site.param, torch.ones_like(layer.weight, dtype=torch.bool)) & layer.along_inputs(keep).bool()
         return masks
 
-    def _weight_masks(self, layers: Mapping[str, Layer], share: float | None) -> dict[str, Tensor]:
+    def _weight_masks(self, layers: Mapping[str, Layer], share: float | dict[str, float] | None) -> dict[str, Tensor]:
         """Which weights stay, shaped like them."""
         n, m = self.pattern
         scores = []
@@ -205,9 +254,19 @@ class Prune(Pass):
                 message = f"{score.shape[1]} inputs do not divide into groups of {m}"
                 raise CompileError("prune-pattern", message, node=describe(layer.node), fix="use another M, or leave it out by `modules`")
             scores.append(score.reshape(-1, m) if m else score)
-        allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
-        gone = allocation.weights(scores, (m - n) / m if m else share)  # type: ignore[arg-type]
+        if isinstance(share, dict):  # every matrix for itself
+            own = [next((v for p, v in share.items() if module_matches(name, p)), 0.0) for name in layers]
+            gone = [self.allocation.weights([score], v)[0] for score, v in zip(scores, own, strict=True)]
+        else:
+            allocation: Allocation = Rows() if m else self.allocation  # in every M inputs the same number: rows of M
+            gone = allocation.weights(scores, (m - n) / m if m else share)  # type: ignore[arg-type]
         return {name: ~g.reshape(layer.weight.shape) for (name, layer), g in zip(layers.items(), gone, strict=True)}
+
+
+def _check_finite(program: Program, products: Iterable[Node]) -> None:
+    for node in products:
+        if not bool(torch.isfinite(program.params[str(node.args[1].target)]).all()):  # type: ignore[union-attr]
+            raise CompileError("pass-refused", "the weights hold NaN or infinity", node=describe(node), fix="check the checkpoint")
 
 
 def _shortened(edit: Editor) -> Editor:

@@ -10,11 +10,9 @@ from statistics import mean, median
 from time import perf_counter
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
 from onnx import numpy_helper
-from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 import planc
@@ -29,12 +27,11 @@ from planc.compiler.program import Program
 from planc.passes.fold_batch_norm import FoldBatchNorm
 from planc.passes.prune import Prune
 from planc.runtime.artifact import read_artifact
-from planc.runtime.vision import ImageSpec
+from planc_paper_checks.drawn_digits import BATCH, SPEC, digits, trained
 
 PLAN = ROOT / "examples/papers/58-gradual-pruning.yaml"
-SIDE, TRAIN, TEST, SEEDS = 16, 4000, 1000, 3
-WIDTHS, EPOCHS, BATCH = (16, 32, 32), 6, 64
-SPEC = ImageSpec(size=(SIDE, SIDE))
+TRAIN, TEST, SEEDS, EPOCHS = 4000, 1000, 3, 6
+WIDTHS = (16, 32, 32)
 
 
 @paper(58)
@@ -42,15 +39,15 @@ def gradual() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     torch.manual_seed(0)
     (part,) = (p for p in Plan.from_yaml(PLAN).passes if isinstance(p, Prune))
-    (x, y), (x_test, y_test) = _digits(TRAIN, 1), _digits(TEST, 2)
+    (x, y), (x_test, y_test) = digits(TRAIN, 1), digits(TEST, 2)
     assert part.tune is not None and part.sparsity is not None
     more = part.tune.every * len(part.schedule.shares(1.0)[:-1]) + part.tune.last
     runs: list[dict[str, Any]] = []
     for seed in range(SEEDS):
-        dense = _trained(WIDTHS, x, y, EPOCHS * TRAIN // BATCH, seed)
+        dense = trained(WIDTHS, x, y, EPOCHS * TRAIN // BATCH, seed)
         program = FoldBatchNorm().apply(traced(LoadedClassifier(dense, "digits", SPEC)), Context())
         sparse, runs_of = part.apply(program, Context(x)), {"dense": _accuracy(program, x_test, y_test)}
-        small = _trained(_widths(_weights(program) * (1 - part.sparsity)), x, y, EPOCHS * TRAIN // BATCH + more, seed)
+        small = trained(_widths(_weights(program) * (1 - part.sparsity)), x, y, EPOCHS * TRAIN // BATCH + more, seed)
         runs_of |= {"sparse": _accuracy(sparse, x_test, y_test), "small": _accuracy_of(small, x_test, y_test)}
         ninety = part.model_copy(update={"sparsity": 0.9})
         at_once = Prune.model_validate(
@@ -72,44 +69,10 @@ def gradual() -> Iterator[Item]:
     yield _files(runs[0]["module"], x)
 
 
-def _digits(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images [count, 3, SIDE, SIDE] of turned, shifted, noisy digits, and what they show."""
-    random = np.random.default_rng(seed)
-    labels, images = random.integers(0, 10, count), np.empty((count, SIDE, SIDE), np.float32)
-    font = ImageFont.load_default(13)
-    for i, label in enumerate(labels):
-        page = Image.new("L", (SIDE, SIDE))
-        ImageDraw.Draw(page).text((4 + random.integers(-2, 3), random.integers(-2, 2)), str(label), fill=255, font=font)
-        turned = page.rotate(float(random.uniform(-12, 12)), Image.Resampling.BILINEAR)
-        images[i] = np.asarray(turned, np.float32) / 255 * random.uniform(0.7, 1) + random.normal(0, 0.1, (SIDE, SIDE))
-    return torch.from_numpy(images)[:, None].repeat(1, 3, 1, 1), torch.from_numpy(labels)
-
-
-def _network(widths: tuple[int, ...]) -> nn.Module:
-    layers: list[nn.Module] = []
-    for before, width in zip((3, *widths), widths, strict=False):
-        layers += [nn.Conv2d(before, width, 3, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(widths[-1], 10))
-
-
 def _widths(weights: float) -> tuple[int, ...]:
     """The widest network of the same shape with at most so many weights in its convolutions."""
     scaled = [tuple(max(1, round(w * s / 100)) for w in WIDTHS) for s in range(100, 5, -1)]
     return next(w for w in scaled if sum(9 * a * b for a, b in zip((3, *w), w, strict=False)) <= weights)
-
-
-def _trained(widths: tuple[int, ...], x: Tensor, y: Tensor, steps: int, seed: int) -> nn.Module:
-    torch.manual_seed(seed)
-    network = _network(widths)
-    optimiser = torch.optim.Adam(network.parameters(), 3e-3)
-    schedule = torch.optim.lr_scheduler.LinearLR(optimiser, 1.0, 0.02, steps)
-    for _ in range(steps):
-        rows = torch.randint(len(x), (BATCH,))
-        optimiser.zero_grad()
-        nn.functional.cross_entropy(network(x[rows]), y[rows]).backward()
-        optimiser.step()
-        schedule.step()
-    return network.eval()
 
 
 def _accuracy(program: Program, x: Tensor, y: Tensor) -> float:

@@ -16,6 +16,8 @@ from planc.passes.pruning.scores import DAMP
 from planc.runtime.errors import CompileError
 from planc.runtime.registry import PlanPart
 
+_SWEEPS = 300  # of coordinate descent at most
+
 
 class Repair(PlanPart):
     """What to do about the error of a mask."""
@@ -94,13 +96,17 @@ class LeastSquares(Repair):
 
 
 def _nonnegative(among: Tensor, between: Tensor) -> Tensor:
-    """argmin_{s >= 0} s^T among s - 2 between^T s for every column of `between`."""
-    from scipy.optimize import nnls
-
-    root = torch.linalg.cholesky(among)
-    wanted = torch.linalg.solve_triangular(root, between, upper=False)
-    columns = [torch.from_numpy(nnls(root.t().numpy(), column.numpy())[0]) for column in wanted.t()]
-    return torch.stack(columns, 1) if columns else between
+    """argmin_{s >= 0} s^T among s - 2 between^T s for every column of `between` [K, P], one row of s after the other until none moves."""
+    by = torch.zeros_like(between)
+    for _ in range(_SWEEPS):
+        most = 0.0
+        for i in range(len(by)):
+            new = (by[i] + (between[i] - among[i] @ by) / among[i, i]).clamp(min=0)
+            most = max(most, float((new - by[i]).abs().max()))
+            by[i] = new
+        if most < 1e-9:
+            break
+    return by
 
 
 class ObsUpdate(Repair):

@@ -103,6 +103,22 @@ def test_budget_of_weights(allocation: str, exact: bool) -> None:
     )
 
 
+def test_a_sparsity_per_module() -> None:
+    """The first pattern that matches wins, what none matches stays whole, and one pattern for all is one number for all."""
+    program = raised("llama")
+    some = prune(program, allocation="rows", sparsity={"layers.1.mlp.*": 0.75, "layers.*.mlp.up_proj": 0.25})
+    shares = {name: float((w == 0).float().mean()) for name, w in weights(some).items()}
+    assert {n: v for n, v in shares.items() if v} == {
+        "model.layers.0.mlp.up_proj": 0.25,
+        **{f"model.layers.1.mlp.{part}_proj": 0.75 for part in ("gate", "up", "down")},
+    }
+    one, each = (prune(program, allocation="rows", sparsity=sparsity) for sparsity in (0.5, {"*": 0.5}))
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(each).values(), strict=True))
+    assert prune(program, sparsity={}) is program
+    late = prune(program, sparsity={"mlp.*": 0.5}, schedule={"cubic": {"steps": 3}})
+    assert all(torch.equal(w, weights(prune(program, sparsity={"mlp.*": 0.5}))[n]) for n, w in weights(late).items())
+
+
 @pytest.mark.parametrize("repair", ["nothing", "swap", "obs_update"])
 def test_two_of_four(repair: str) -> None:
     for weight in weights(prune(raised("llama"), score="wanda", granularity="2:4", repair=repair)).values():
@@ -172,6 +188,26 @@ def test_a_plan_gets_the_smaller_matrices_unless_it_says_no() -> None:
     assert "realise" in keys(granularity="units")
     assert "realise" not in keys(granularity="units", realise=False)
     assert "realise" not in keys(granularity="weights")
+
+
+def test_propagation_sees_the_pruned_layers() -> None:
+    """Layer by layer by hand: prune what comes first, calibrate the next on the program as it is by then."""
+    program, options = raised("llama"), {"score": "wanda", "allocation": "rows", "sparsity": 0.5, "repair": "obs_update"}
+    parts = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    by_hand = program
+    for layer in range(2):
+        for names in parts:
+            by_hand = prune(by_hand, **options, modules=tuple(f"layers.{layer}.*.{name}" for name in names))
+    at_once = applied(Prune(**options, propagate=True), program, CONTEXT)
+    for name, weight in weights(by_hand).items():
+        close(weights(at_once)[name], weight, 1e-4)
+    dense = weights(prune(program, **options))
+    assert any(not torch.equal(weight, dense[name]) for name, weight in weights(at_once).items())
+
+
+def test_propagation_without_calibration_is_the_same() -> None:
+    one, two = (prune(raised("gpt2"), sparsity=0.5, propagate=propagate) for propagate in (False, True))
+    assert all(torch.equal(one.params[name], value) for name, value in two.params.items())
 
 
 # ---- repairs -------------------------------------------------------------------------------------------------------------------------
@@ -324,6 +360,9 @@ def test_refuses_training_that_diverges() -> None:
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": 0.5, "granularity": "2:4"}, "N:M"),
         ({"granularity": "4:4"}, "removes nothing"),
+        ({"granularity": "units", "sparsity": 0.5, "propagate": True}, "every matrix"),
+        ({"granularity": "units", "sparsity": {"*": 0.5}}, "share one"),
+        ({"sparsity": {"*": 1.5}}, "less than 1"),
         ({"granularity": "2:4", "schedule": "cubic"}, "schedule"),
         ({"granularity": "blocks", "sparsity": 0.5}, "granularity"),
         ({"granularity": "units", "sparsity": 0.5, "repair": "swap"}, "single weights"),
@@ -343,6 +382,7 @@ def test_refuses_plans(options: dict[str, Any], word: str) -> None:
         ({"granularity": "units", "sparsity": 0.99}, "prune-budget", "0."),
         ({"granularity": "heads", "sparsity": 0.5, "modules": ("q_proj",)}, "prune-frozen", "weights"),
         ({"sparsity": 0.5, "modules": ("experts",)}, "pass-no-match", "q_proj"),
+        ({"sparsity": {"experts": 0.5}}, "pass-no-match", "q_proj"),
         ({"sparsity": 0.5, "score": "wanda"}, "pass-refused", "calibration"),
         ({"sparsity": 0.5, "score": "wanda", "repair": "least_squares"}, "pass-refused", "channels"),
     ],
