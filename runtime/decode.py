@@ -165,6 +165,8 @@ class Decode(_Section):
             return self
         if not any(part.key == "draft_model" for part in drafters):
             raise _conflict("`context` asks a draft model what matters, and the plan has none", "add the drafter draft_model")
+        if any(getattr(part, "fuzzy", ()) for part in drafters):
+            raise _conflict("`context` asks the draft model's cache, which its `fuzzy` form would share", "remove `fuzzy` or `context`")
         if self.batching is not None:
             raise _conflict("`context` reads prompts before they are served, one by one", "remove `batching` or `context`")
         return self

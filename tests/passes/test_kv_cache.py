@@ -29,6 +29,7 @@ from models_tiny import (
 )
 from torch import nn
 
+import planc
 from planc.backends.reference import ReferenceCache, ReferenceEngine, empty_state, probe, step_inputs
 from planc.backends.reference import run as execute_run
 from planc.compiler.dialect import MASKED, OPS
@@ -365,3 +366,18 @@ def test_refuses_what_excludes_a_policy(policy: dict[str, Any], rest: dict[str, 
     with pytest.raises(PlanError, match=words) as caught:
         Plan.from_dict({"passes": [{"kv_cache": {"policy": policy}}], **rest})
     assert caught.value.code == code and caught.value.plan and caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["bitmap", "together"])
+def test_a_server_under_a_policy(name: str, tmp_path: Path) -> None:
+    """From plan to artifact to answers: many at once, each as alone."""
+    data = {"passes": [{"kv_cache": {"policy": POLICIES[name]}}], "target": {"capacity": 240}, "decode": {"speculative": DRAFTS}}
+    planc.compile(model("llama"), data, out=tmp_path / "a", measure=False)
+    exe = planc.load(tmp_path / "a")
+    assert isinstance(exe, planc.Executable)
+    prompts = [repetitive(120), token_ids(40, seed=8).tolist(), repetitive(77)]
+    alone = [exe.generate(prompt, max_new_tokens=50).ids for prompt in prompts]  # type: ignore[union-attr]
+    assert alone == [exe.plain().generate(prompt, max_new_tokens=50).ids for prompt in prompts]  # type: ignore[union-attr]
+    assert alone == [answer.ids for answer in exe.generate(prompts, max_new_tokens=50)]  # type: ignore[union-attr]
+    with exe.serve(max_batch=2, capacity=200) as server:
+        assert alone == [handle.result().ids for handle in [server.submit(p, max_new_tokens=50) for p in prompts]]

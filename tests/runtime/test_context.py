@@ -53,6 +53,7 @@ def test_neighbours_come_nearest_first() -> None:
         ({}, "the plan has none"),
         ({"speculative": {"drafter": "prompt_lookup"}}, "the plan has none"),
         ({"speculative": {"drafter": {"draft_model": {"artifact": "there"}}}, "batching": {}}, "one by one"),
+        ({"speculative": {"drafter": {"draft_model": {"passes": ["argmax"], "fuzzy": ["argmax"]}}}}, "would share"),
     ],
 )
 def test_refuses(rest: dict[str, object], words: str) -> None:
