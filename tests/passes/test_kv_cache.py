@@ -56,6 +56,13 @@ def test_golden(golden: Callable[[str, str], None]) -> None:
     golden(before_and_after(KvCache(trees="fused"), one_layer()), "kv_cache.txt")
 
 
+def test_golden_of_a_policy(golden: Callable[[str, str], None]) -> None:
+    policy = KvPolicy.model_validate(
+        {"store": {"bitmap": {"keep": 4}}, "evict": {"recent": {"capacity": 40}}, "streaming": {"heads": [[1]]}}
+    )
+    golden(before_and_after(KvCache(policy=policy), one_layer()), "kv_cache_policy.txt")
+
+
 # a split program is the fused one but for a mark that only a backend reads, so one family is enough
 @pytest.mark.parametrize(("family", "trees"), [*((f, t) for f in FAMILIES for t in ("none", "fused")), ("gemma2", "split")])
 def test_equals_eager(family: str, trees: Trees) -> None:
