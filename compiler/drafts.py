@@ -30,7 +30,7 @@ from planc.runtime.drafters.draft_model import FOLDER, FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import CompileError, PlanError
-from planc.runtime.text import Text
+from planc.runtime.text import TOKENIZER, Text
 
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
@@ -83,6 +83,13 @@ def _attach_model(
     else:
         _compile(planned, part, place, target, measure, note)
     _check(planned, read_artifact(target, verify=False), target)
+    if planned.plan.decode.context is not None and (part.artifact is not None or not _same_text(planned, target)):
+        message = (
+            "context shortens prompts by what the draft model attends to, so that model is compiled with the plan and has its tokenizer"
+        )
+        raise PlanError(
+            "draft-mismatch", message, plan=place, fix="use draft_model: {passes: ...}, or {plan: ...} with a model of the family"
+        )
     if not part.fuzzy:
         return {}
     note("the fuzzy form of the draft model")
@@ -162,7 +169,7 @@ def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
     if part.plan is None:
         # a draft model's cache follows no policy: nobody tells it where a prompt ends, and it goes back as far as drafts are rejected
         passes = (p.model_copy(update={"policy": None}) if isinstance(p, KvCache) else p for p in (*plan.passes, *part.passes))
-        return Plan(Source(str(plan.folder / "draft.yaml")), passes=tuple(passes), target=plan.target)
+        return _judging(plan, Plan(Source(str(plan.folder / "draft.yaml")), passes=tuple(passes), target=plan.target))
     own = Plan.from_yaml(_beside(plan, part.plan))
     if own.decode.speculative is not None:
         raise PlanError(
@@ -175,7 +182,23 @@ def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
         raise PlanError(
             "plan-conflict", f"{part.plan} is for the {own.target.backend} backend", plan=place, fix="use `backend: onnx` there"
         )
-    return own
+    return _judging(plan, own)
+
+
+def _judging(plan: Plan, own: Plan) -> Plan:
+    """The draft model's plan, whose cache also tells what it was asked where the target's prompts are shortened by that."""
+    if plan.decode.context is None:
+        return own
+    cache = next((p for p in own.passes if isinstance(p, KvCache)), KvCache())
+    passes = (*(p for p in own.passes if not isinstance(p, KvCache)), cache.model_copy(update={"policy": plan.decode.context.policy}))
+    return own.model_copy(update={"passes": passes})
+
+
+def _same_text(planned: Planned, folder: Path) -> bool:
+    """Whether a draft model in this folder reads the target's token ids."""
+    ours = planned.model.tokenizer_files.get(TOKENIZER)
+    theirs = folder / TOKENIZER
+    return (ours.read_bytes() if ours is not None else b"") == (theirs.read_bytes() if theirs.is_file() else b"")
 
 
 def _model_of(planned: Planned, part: DraftModel) -> Any:

@@ -5,13 +5,17 @@ Letters: L prompt tokens, W last rows of it, H query heads, G key/value heads, D
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
-from planc.runtime.engine import Floats, Ints
+from planc.runtime.engine import Engine, Floats, Ints
+from planc.runtime.errors import InputError
+from planc.runtime.kv import KvPolicy, PolicyCache
+from planc.runtime.kv.evictions import AttentionWindow
 from planc.runtime.kv.evictions.base import window_attention
+from planc.runtime.profile import fill_cache
 
 
 class DraftAttention(BaseModel):
@@ -27,6 +31,26 @@ class DraftAttention(BaseModel):
     kernel: int = Field(32, ge=1, description="a score is the largest of so many neighbours")
     neighbours: int = Field(32, ge=0, description="tokens around each chosen one that stay with it, half on each side")
     first: float = Field(1 / 3, ge=0.0, lt=1.0, description="share of the draft's layers, from below, that do not judge")
+
+    @property
+    def policy(self) -> KvPolicy:
+        """Of the draft's cache: it keeps the queries that judge. Nothing is ever evicted from it."""
+        return KvPolicy(evict=AttentionWindow(capacity=self.window + 1, window=self.window))
+
+    def shortened(self, draft: Engine, ids: Sequence[int]) -> list[int]:
+        """The tokens of a prompt that stay, by a pass of the draft over all of it."""
+        if len(ids) <= self.capacity:
+            return list(ids)
+        if len(ids) > draft.spec.max_length:
+            message = f"the prompt has {len(ids)} tokens, and the draft model that shortens it reads {draft.spec.max_length}"
+            raise InputError("prompt-too-long", message, fix="shorten the prompt")
+        cache = draft.new_cache(1, len(ids) + 1)
+        assert isinstance(cache, PolicyCache)
+        fill_cache(draft, cache, np.array([ids]))
+        layers = [layer for layer in cache.layers(0).values() if layer.spec.group]
+        judging = layers[int(self.first * len(layers)) :]
+        scores = self.scores(((layer.queries, layer.key[0, :, : layer.rows], layer.spec.scale) for layer in judging), len(ids))
+        return [ids[i] for i in self.kept(scores)]
 
     def scores(self, layers: Iterable[tuple[Floats, Floats, float]], length: int) -> Floats:
         """[L] what each token is worth, from the last queries [W,H,D], the keys [G,L,D] and the scale of each judging layer."""

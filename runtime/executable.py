@@ -269,6 +269,10 @@ class Executable:
         """
         from planc.runtime.server import Server
 
+        if self.decode.context is not None:
+            raise InputError(
+                "input-invalid", "a server does not shorten prompts, as `context` asks", fix="use generate, or remove `context`"
+            )
         for name, value in (("max_batch", max_batch), ("capacity", capacity)):
             if value is not None and value < 1:
                 raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
@@ -369,10 +373,13 @@ class Executable:
             raise InputError("input-invalid", f"{name}: {first['msg']} (got {first['input']!r})") from error
         if checked.stop and self.text.tokenizer is None:
             raise InputError("tokenizer-missing", "stop strings need a tokenizer", fix="leave `stop` out, or compile with a tokenizer")
-        return checked.model_copy(update={"speculative": self.decode.speculative})
+        return checked.model_copy(update={"speculative": self.decode.speculative, "context": self.decode.context})
 
     def _stream(self, prompts: list[list[int]], decode: Decode) -> Iterator[Chunk]:
         """Check that every prompt fits, then run them in groups."""
+        if decode.context is not None:
+            (draft,) = self.models.values()
+            prompts = [decode.context.shortened(draft.engine, prompt) for prompt in prompts]
         for prompt in prompts:
             if len(prompt) > self.capacity - self.min_rows:
                 raise InputError(

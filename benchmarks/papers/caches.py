@@ -119,11 +119,13 @@ class Lab:
         cache.lengths[0] = len(prompt.ids)
         return cache
 
-    def sealed(self, options: Options, prompt: Prompt, guessed: Sequence[int] = (), room: int = 256) -> OnnxCache | PolicyCache:
+    def sealed(
+        self, options: Options, prompt: Prompt, guessed: Sequence[int] = (), room: int = 256, *, int8: bool = True
+    ) -> OnnxCache | PolicyCache:
         """A cache of this policy behind the prompt, sealed; `guessed` is what may follow."""
         if options is None:
             return self.dense(prompt, room)
-        engine, count = self.engine(options), len(prompt.ids)
+        engine, count = self.engine(options, int8=int8), len(prompt.ids)
         cache = engine.new_cache(1, count + room)
         assert isinstance(cache, PolicyCache)
         for name, layer in cache.layers(0).items():
@@ -159,9 +161,9 @@ class Lab:
             at += len(logits)
         return float(np.exp(total / (len(following) - 1)))
 
-    def greedy(self, options: Options, cache: OnnxCache | PolicyCache, first: int, count: int) -> list[int]:
+    def greedy(self, options: Options, cache: OnnxCache | PolicyCache, first: int, count: int, *, int8: bool = True) -> list[int]:
         """`first` and the likeliest tokens behind it."""
-        engine, tokens = self.engine(options), [first]
+        engine, tokens = self.engine(options, int8=int8), [first]
         while len(tokens) < count:
             out = engine.forward(cache, Step(np.array([tokens[-1:] * 2])))
             assert out.argmax is not None
