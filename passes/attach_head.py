@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from planc.backends.reference import execute
 from planc.compiler.blocks import find_blocks, head_of
+from planc.compiler.calibration import Moments, collect
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe
@@ -105,14 +105,12 @@ def _parts(program: Program, entry: str) -> tuple[float, float]:
     the next layer nothing of either.
     """
     ids = torch.randint(0, program.info.vocab_size, (1, _SAMPLE), generator=torch.Generator().manual_seed(0))
-    last, seen = find_blocks(program)[-1].exit, dict[str, Tensor]()
-    positions = torch.arange(_SAMPLE)[None]
-    state = head_of(program).args[0]
-    for node, value in execute(program, {"input_ids": ids, "position_ids": positions}):
-        if node.name in (entry, last, state.name):
-            seen[node.name] = value.float().pow(2).mean().sqrt()
-    added = float(seen[last])
-    return 0.5 * added / max(float(seen[entry]), _TINY), 0.5 * added / max(float(seen[state.name]), _TINY)
+    nodes = {node.name: node for node in program.main.nodes}
+    state: Any = head_of(program).args[0]
+    places = nodes[entry], state, nodes[find_blocks(program)[-1].exit]
+    seen = collect(program, {node: {Moments} for node in places}, ids)
+    token, state_size, made = (float(seen[node, Moments].mean_square.mean().sqrt()) for node in places)
+    return 0.5 * made / max(token, _TINY), 0.5 * made / max(state_size, _TINY)
 
 
 def _inner(edit: Editor, width: int) -> int:
