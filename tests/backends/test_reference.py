@@ -11,7 +11,7 @@ import torch
 from models_tiny import TOP_K, VOCAB, apply, close, decoding, eager, model, raised, token_ids
 from torch import Tensor, nn
 
-from planc.backends.reference import ReferenceEngine, empty_state, probe, run, step_inputs
+from planc.backends.reference import ReferenceEngine, empty_state, execute, probe, run, step_inputs
 from planc.compiler.program import ModelInfo
 from planc.compiler.trace import trace_module
 from planc.passes.tap import Tap
@@ -32,6 +32,29 @@ def test_run() -> None:
     out = run(program, {"x": x})
     assert torch.equal(out["output.0"], ((x + 1) * 2).relu()) and torch.equal(out["output.1"], x + 1)
     assert not out["output.0"].requires_grad
+
+
+def test_a_value_that_is_sent_back_takes_the_place_of_the_other() -> None:
+    x = torch.randn(3)
+    steps = execute(trace_module(_Chain(), (x,), ModelInfo("chain", 0, 1)), {"x": x})
+    node, value = next(steps)
+    assert torch.equal(value, x + 1)
+    node, value = steps.send(torch.full((3,), 2.0))
+    assert torch.equal(value, torch.full((3,), 4.0))
+    *_, (_, outputs) = steps
+    assert outputs["output.0"].tolist() == [4.0] * 3 and outputs["output.1"].tolist() == [2.0] * 3
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
+def test_outputs_can_be_differentiated(family: str) -> None:
+    """The same logits, and gradients that reach every weight through the operations of the dialect."""
+    program, ids = raised(family), token_ids(1, 5)
+    inputs = {"input_ids": ids, "position_ids": torch.arange(5)[None]}
+    leaves = {n: v.clone().requires_grad_() for n, v in program.params.items() if v.is_floating_point() and v.dim() == 2}
+    logits = run(program.replace(params={**program.params, **leaves}), inputs, grad=True)["logits"]
+    close(logits.detach(), run(program, inputs)["logits"])
+    logits.pow(2).mean().backward()  # type: ignore[no-untyped-call]
+    assert all(leaf.grad is not None and float(leaf.grad.abs().max()) > 0 for leaf in leaves.values())
 
 
 def test_values_are_freed_as_soon_as_nobody_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
