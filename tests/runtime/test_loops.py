@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import permutations
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from drafting import Adversary, Bush, Helped, Oracle, generate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from toy_engine import ToyEngine
+from toy_engine import ToyCache, ToyEngine
 
 from planc.runtime.controller import Controller
 from planc.runtime.decode import Decode, Sampling, Tree
@@ -350,3 +351,46 @@ def test_a_text_knows_its_tokens(parts: list[list[int]]) -> None:
     for part in parts:
         text.tokens += part
         assert text.seen == set(text.tokens)
+
+
+# ---- caches with a policy ----
+
+
+class Blocks(ToyCache):
+    """What its rows see changes at every fifth token, once the prompt is complete."""
+
+    def __init__(self, batch: int, capacity: int) -> None:
+        super().__init__(batch, capacity)
+        self.sealed: dict[int, tuple[int, int]] = {}  # sequence -> length and guesses when it was sealed
+
+    def seal(self, sequence: int, guessed: int = 0) -> None:
+        assert sequence not in self.sealed
+        self.sealed[sequence] = int(self.lengths[sequence]), guessed
+
+    def horizon(self, sequence: int) -> int:
+        return 5 - int(self.lengths[sequence]) % 5 if sequence in self.sealed else super().horizon(sequence)
+
+    def keep(self, sequence: int, rows: np.ndarray) -> None:
+        assert len(rows) <= self.horizon(sequence), "the rows behind the change saw what plain decoding would not have shown them"
+        super().keep(sequence, rows)
+
+
+class BlockEngine(ToyEngine):
+    def new_cache(self, batch: int, capacity: int) -> ToyCache:
+        self.cache = Blocks(batch, capacity)
+        return self.cache
+
+
+@pytest.mark.parametrize("guesses", [0, 3])
+def test_no_draft_crosses_the_horizon(guesses: int) -> None:
+    """Every prompt is sealed once, when it is complete; where the cache wants guesses they go through the model and are dropped."""
+    plain, finish = generate(ToyEngine(V), PROMPTS)
+    engine = BlockEngine(V)
+    engine.spec = replace(engine.spec, guesses=guesses)
+    for tree in (Tree(budget=12), Tree(budget=12, shape="chain"), Tree()):
+        assert generate(engine, PROMPTS, None, [Oracle(plain, V)], tree) == (plain, finish)
+        assert isinstance(engine.cache, Blocks)
+        assert engine.cache.sealed == {b: (len(prompt), guesses and guesses + 1) for b, prompt in enumerate(PROMPTS)}
+    stats = Stats()
+    assert generate(engine, PROMPTS[:1], None, [Oracle(plain, V)], Tree(budget=12), stats=stats)[0] == plain[:1]
+    assert max(stats.accepted) == 4  # as far as the horizon allows
