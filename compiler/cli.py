@@ -18,6 +18,7 @@ from planc.runtime.errors import InputError, PlancError
 if TYPE_CHECKING:
     from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
+    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -119,12 +120,9 @@ def run(
         "stop": stop or None,
         "chat": chat,
     }
+    times = {"artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached}
     if isinstance(opened, Filler):
-        from planc.compiler.masked_cli import fill
-
-        result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
-        if as_json:
-            _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+        _fill(opened, text, settings, times, (compare, trace, as_json), picture or ())
         return
     exe = text_only(opened)
     paired = compare and exe.decode.speculative is not None
@@ -137,7 +135,19 @@ def run(
     result = _run_result(exe, answer, reference, temperature)
     print(f"\n{_run_line(result)}", flush=True)
     if as_json:
-        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+        _print_json({**result, **times})
+
+
+def _fill(
+    exe: Filler, text: str, settings: dict[str, Any], times: dict[str, Any], flags: tuple[bool, bool, bool], pictures: Iterable[Path]
+) -> None:
+    """Fill an answer; `flags` are compare, trace and JSON."""
+    from planc.compiler.masked_cli import fill
+
+    compare, trace, as_json = flags
+    result = fill(exe, text, settings, compare=compare, trace=trace, pictures=pictures)
+    if as_json:
+        _print_json({**result, **times})
 
 
 def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool) -> None:
