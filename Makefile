@@ -52,8 +52,10 @@ bench: setup  ## paired speed of PLANS against the plain plan, on the prompts in
 papers: setup  ## run the check of every method and rewrite the table in benchmarks/results
 	$(BIN)/planc papers --run
 
-gpu: setup  ## the tests that need a CUDA device
+gpu: setup  ## on a machine with a CUDA device: tests and times of the kernels
 	$(BIN)/pytest -m gpu
+	$(BIN)/pytest tests/backends/test_triton_kernels.py
+	$(BIN)/python benchmarks/gpu.py
 
 clean:  ## remove the environment and everything built (models in the cache stay)
 	rm -rf $(VENV) build dist src/planc.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

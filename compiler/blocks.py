@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
-from planc.compiler.program import Block, Program
+from planc.compiler.dialect import LINEARS, OPS
+from planc.compiler.program import Block, Program, describe
 from planc.runtime.errors import CompileError
 
 ATTENTIONS = (OPS.attention.default, OPS.cached_attention.default)
@@ -32,21 +32,34 @@ def layer_path(node: Node) -> str:
 
 
 def find_blocks(program: Program) -> tuple[Block, ...]:
-    """The decoder layers in order of execution.
+    """The decoder layers in order of execution: those with an attention, and what is left of their neighbours that have lost theirs.
 
     Raises CompileError[raise-missing] naming the layer whose entry or exit is not one hidden state.
     """
+    attending = dict.fromkeys(layer_path(n) for n in program.main.nodes if n.target in ATTENTIONS)
+    if "" in attending:
+        raise CompileError("raise-missing", "an attention is not inside a numbered layer", fix="put the layers into an nn.ModuleList")
+    lists = {path.rpartition(".")[0] for path in attending}
     members: dict[str, list[Node]] = {}
-    layers = dict.fromkeys(layer_path(n) for n in program.main.nodes if n.target in ATTENTIONS)
     for node in program.main.nodes:
-        if (path := layer_path(node)) in layers and node.op == "call_function":
+        path = layer_path(node)
+        left = path.rpartition(".")[0] in lists and isinstance(node.meta.get("val"), Tensor)
+        if node.op == "call_function" and (path in attending or left):
             members.setdefault(path, []).append(node)
-    blocks = []
-    for path in layers:
-        if not path:
-            raise CompileError("raise-missing", "an attention is not inside a numbered layer", fix="put the layers into an nn.ModuleList")
-        blocks.append(_block(path, members[path]))
-    return tuple(blocks)
+    return tuple(_block(path, nodes) for path, nodes in members.items())
+
+
+def head_of(program: Program) -> Node:
+    """The dense product that makes the logits; only element-wise work may lie behind it.
+
+    Raises CompileError[raise-missing] where the logits come from something else.
+    """
+    node = program.outputs["logits"]
+    while node.target not in LINEARS:
+        if node.op != "call_function" or not node.all_input_nodes:
+            raise CompileError("raise-missing", "the logits do not come from a dense product", node=describe(node))
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _block(path: str, nodes: list[Node]) -> Block:

@@ -3,13 +3,15 @@
     statistics = collect(program, {x: {Moments, Gram}, y: {RowPeaks}}, batches, progress)
     statistics[x, Moments].variance
 
+`propagate` is for passes that change a program from its first product to its last and want to know what the changed prefix makes of the text.
 A statistic is a mergeable accumulator: parts of a text, or several workers, give the same result as one run over all of it.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
@@ -136,6 +138,14 @@ class Gram32(Gram):
     dtype = torch.float32
 
 
+class NormedGram(Gram):
+    """X^T X of rows scaled to a root mean square of one, so that large rows count no more than others; a row of zeros counts as it is."""
+
+    def add(self, x: Tensor) -> None:
+        wide = x.double()
+        super().add(wide / wide.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-30))
+
+
 class Peaks(Statistic):
     """Largest |x| per channel, [K] float32."""
 
@@ -212,7 +222,7 @@ def collect(
     Args:
         wanted: statistics by node. Values are freed as soon as nobody reads them, so memory is that of one batch and of the statistics; a Gram
             matrix is the only large one, and callers that need many ask for a few layers at a time.
-        batches: token ids [S, L] int64, run one sequence at a time, or the inputs of each run by name.
+        batches: token ids [S, L] int64 or images [S, C, Y, X], run one at a time, or the inputs of each run by name.
         progress: wraps the batches to show how far the run is, `progress(batches, text)`.
         axes: the channel axis of a node where it is not the last, e.g. 1 for what a convolution reads.
 
@@ -222,9 +232,9 @@ def collect(
     if not nodes:
         return statistics
     if isinstance(batches, Tensor):
-        if batches.dim() != 2 or batches.numel() < LEAST:
+        if batches.numel() < LEAST or batches.dim() != (4 if batches.is_floating_point() else 2):
             raise _short(f"token ids of shape {list(batches.shape)}")
-        batches = _texts(batches, progress)
+        batches = inputs_of(batches, progress)
     elif progress:
         batches = progress(batches, "calibrating")
     for inputs in batches:
@@ -244,27 +254,141 @@ def collect(
         if statistic.count < LEAST:
             raise _short(f"{statistic.count} rows for {node.name}")
         if not bool(torch.isfinite(statistic.value).all()):
-            raise CompileError(
-                "calibration-not-finite",
-                "calibration gives NaN or infinity here",
-                node=describe(node),
-                fix="check the model's weights, or run it in float32",
-            )
+            raise _not_finite(node)
     return statistics
 
 
+Replacement = Callable[..., Any]  # computes a node's value from the values of its arguments
+
+
+def propagate(
+    program: Program, changes: Mapping[Node, Callable[[Sequence[Tensor]], Replacement]], ids: Tensor, progress: Any = None
+) -> None:
+    """Run the main graph over token ids [S, L] node by node, each node for all sequences before the next.
+
+    When a node of `changes` is reached, its entry is given the values of the node's first argument, one [1, L, ...] for each sequence, and
+    answers with what computes the node from then on: everything behind it sees what the change made. The run ends with the last change.
+    One pass over the text, whatever the number of nodes; memory is that of the values between two nodes for the whole text.
+
+    Raises CompileError[calibration-short] for fewer than two ids, CompileError[calibration-not-finite] for an input with NaN or infinity.
+    """
+    batches, values, left = list(inputs_of(_checked(ids))), dict[Any, list[Any]](), len(changes)
+    nodes = list(program.main.nodes)
+    last_reader = {source: node for node in nodes for source in node.all_input_nodes}
+    for node in progress(nodes, "calibrating") if progress else nodes:
+        if node.op == "placeholder":
+            values[node] = [batch[str(node.target)] for batch in batches]
+        elif node.op == "get_attr":
+            values[node] = [program.params[str(node.target)]] * len(batches)
+        elif not left or node.op == "output":
+            return
+        else:
+            function = node.target
+            if node in changes:
+                inputs, left = values[node.args[0]], left - 1
+                if not all(bool(torch.isfinite(x).all()) for x in inputs):
+                    raise _not_finite(node)
+                function = changes[node](inputs)
+                if not left:
+                    return
+            values[node] = []
+            spent = [source for source in node.all_input_nodes if last_reader[source] is node]
+            for i in range(len(batches)):
+                args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n, i=i: values[n][i])  # type: ignore[misc]
+                with torch.no_grad():
+                    values[node].append(function(*args, **kwargs))
+                for source in spent:
+                    values[source][i] = None  # one sequence after the other, so that inputs and outputs never lie side by side
+            for source in spent:
+                del values[source]
+
+
+def collect_in_turn(program: Program, nodes: Sequence[Node], ids: Tensor, then: Callable[[Gram], Tensor]) -> None:
+    """The Gram matrix of each node, in the order of the graph, handed to `then` at once.
+
+    `then` returns the matrix [K, K] that the node's value is multiplied with before anybody reads it, so that later nodes are seen as they are
+    once something was done to the earlier ones. All sequences of `ids` [S, L] run side by side.
+    """
+    runs = [execute(program, inputs) for inputs in inputs_of(ids)]
+    values = [next(run) for run in runs]
+    for node in nodes:
+        while values[0][0] is not node:
+            values = [next(run) for run in runs]
+        gram = Gram()
+        for _, value in values:
+            gram.add(value)
+        matrix = then(gram).to(values[0][1].dtype)
+        values = [run.send(value @ matrix) for run, (_, value) in zip(runs, values, strict=True)]
+
+
+def collect_sequentially(
+    program: Program,
+    products: Sequence[Node],
+    needs: Iterable[type[Statistic]],
+    ids: Tensor,
+    then: Callable[[Node, Statistics], tuple[Tensor, Tensor | None]],
+) -> None:
+    """Statistics of the inputs of dense layers, each as it is once all earlier ones were changed.
+
+    `then` gets a product and what was seen of its input, and returns the weight [N, K] and the bias that it computes with from there on. All
+    sequences of `ids` [S, L] run side by side.
+    """
+    inputs, wanted, kinds = {x for p in products if isinstance(x := p.args[0], Node)}, set(products), tuple(needs)
+    statistics, held = Statistics(dict.fromkeys(inputs, kinds)), dict[Node, list[Tensor]]()
+    readers = Counter(p.args[0] for p in products)
+    runs = [execute(program, batch) for batch in inputs_of(ids)]
+    values = [next(run) for run in runs]
+    while (node := values[0][0]).op != "output":
+        changed: list[Tensor | None] = [None] * len(runs)
+        if node in wanted:
+            weight, bias = then(node, statistics)
+            changed = [torch.nn.functional.linear(x, weight, bias) for x in held[node.args[0]]]  # type: ignore[index]
+        if node in inputs:
+            held[node] = [value if other is None else other for (_, value), other in zip(values, changed, strict=True)]
+            for value in held[node]:
+                for kind in kinds:
+                    statistics[node, kind].add(value[None] if value.dim() == 2 else value.flatten(1, -2))
+        values = [run.send(other) for run, other in zip(runs, changed, strict=True)]
+        if node in wanted:
+            readers[node.args[0]] -= 1  # type: ignore[index]
+            if not readers[node.args[0]]:  # type: ignore[index]
+                del held[node.args[0]]  # type: ignore[arg-type]
+
+
 def calibration_text(context: Context, key: str) -> Tensor:
-    """The ids that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
+    """The ids (or images) that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
     if context.calibration is None:
-        message = f"{key} needs text to calibrate on, but the model has no tokenizer"
-        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids to compile")
+        message = f"{key} needs text or images to calibrate on, and none came with the model"
+        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids, or images, to compile")
     return context.calibration
 
 
-def _texts(ids: Tensor, progress: Any) -> Iterator[Batch]:
-    positions = torch.arange(ids.shape[1])[None]
+def inputs_of(ids: Tensor, progress: Any = None) -> Iterator[Batch]:
+    """The inputs of one run per sequence of token ids [S, L], or per image [S, C, Y, X]."""
     for row in progress(ids, "calibrating") if progress else ids:
-        yield {"input_ids": row[None], "position_ids": positions}
+        yield batch_of(row[None])
+
+
+def batch_of(samples: Tensor) -> Batch:
+    """The inputs of one run over several sequences of token ids [S, L], or images [S, C, Y, X]."""
+    if samples.is_floating_point():
+        return {"images": samples}
+    return {"input_ids": samples, "position_ids": torch.arange(samples.shape[1]).expand(samples.shape)}
+
+
+def _checked(ids: Tensor) -> Tensor:
+    if ids.dim() != 2 or ids.numel() < LEAST:
+        raise _short(f"token ids of shape {list(ids.shape)}")
+    return ids
+
+
+def _not_finite(node: Node) -> CompileError:
+    return CompileError(
+        "calibration-not-finite",
+        "calibration gives NaN or infinity here",
+        node=describe(node),
+        fix="check the model's weights, or run it in float32",
+    )
 
 
 def _short(have: str) -> CompileError:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from planc.backends.onnx.images import OnnxImageEngine
 from planc.backends.onnx.lower import lower
@@ -28,6 +29,7 @@ from planc.runtime.artifact import Manifest, write_artifact
 from planc.runtime.contract import Contract, PassEffect, hardware
 from planc.runtime.decode import Decode
 from planc.runtime.errors import PlanError
+from planc.runtime.registry import parts
 from planc.runtime.vision import Classifier
 
 LABELS_FILE = "labels.txt"
@@ -52,7 +54,9 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
         message = "the plan has a decode section, but the model classifies images"
         raise PlanError("plan-conflict", message, plan=plan.where("decode"), fix="remove `decode`, or name a language model")
     passes: list[Pass] = list(plan.passes)
-    if all(p.key != FoldBatchNorm.key for p in passes):
+    have = {p.key for p in passes}
+    passes += [parts("pass")[key]() for key in dict.fromkeys(key for p in passes for key in p.demands) if key not in have]  # type: ignore[misc]
+    if FoldBatchNorm.key not in have:
         passes.insert(0, FoldBatchNorm())
     return [p for p in passes if p.key not in disable]
 
@@ -66,14 +70,20 @@ def traced(model: LoadedClassifier) -> Program:
 
 
 def rewrite(
-    model: LoadedClassifier, plan: Plan, *, disable: Sequence[str] = (), check: bool = True, note: Callable[[str], None] = lambda text: None
+    model: LoadedClassifier,
+    plan: Plan,
+    *,
+    calibration: Tensor | None = None,
+    disable: Sequence[str] = (),
+    check: bool = True,
+    note: Callable[[str], None] = lambda text: None,
 ) -> PlannedClassifier:
-    """Trace, raise and apply all passes; with `check` each pass is probed on noise."""
+    """Trace, raise and apply all passes, which may calibrate on images [S, C, Y, X]; with `check` each pass is probed on noise."""
     passes = demanded(plan, disable)
     note("tracing")
     program = traced(model)
     sample = torch.randn(1, *model.image.shape, generator=torch.Generator().manual_seed(0)) if check else None
-    program, effects = run_passes(program, passes, Context(), sample=sample, note=note)
+    program, effects = run_passes(program, passes, Context(calibration, folder=plan.folder), sample=sample, note=note)
     return PlannedClassifier(program, effects, model, plan)
 
 
@@ -87,10 +97,16 @@ def _memory(planned: PlannedClassifier) -> dict[str, Any]:
 
 
 def compile_classifier(
-    model: LoadedClassifier, plan: Plan, out: Callable[[], Path], *, disable: Sequence[str] = (), note: Callable[[str], None]
+    model: LoadedClassifier,
+    plan: Plan,
+    out: Callable[[], Path],
+    *,
+    calibration: Tensor | None = None,
+    disable: Sequence[str] = (),
+    note: Callable[[str], None],
 ) -> Path | Classifier:
     """The artifact's directory, or the classifier itself where the plan's backend writes none."""
-    planned = rewrite(model, plan, disable=disable, note=note)
+    planned = rewrite(model, plan, calibration=calibration, disable=disable, note=note)
     contract = Contract(effects=planned.effects, hardware=hardware())
     if plan.target.backend == "reference":
         return Classifier(ReferenceImageEngine(planned.program), model.image, model.labels, contract)

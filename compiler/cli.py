@@ -18,7 +18,6 @@ from planc.runtime.errors import InputError, PlancError
 if TYPE_CHECKING:
     from planc.compiler.store import Stored
     from planc.runtime.executable import Executable, Generation
-    from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -120,34 +119,27 @@ def run(
         "stop": stop or None,
         "chat": chat,
     }
-    times = {"artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached}
     if isinstance(opened, Filler):
-        _fill(opened, text, settings, times, (compare, trace, as_json), picture or ())
-        return
-    exe = text_only(opened)
-    paired = compare and exe.decode.speculative is not None
-    plain = exe.plain() if paired else None
+        from planc.compiler.masked_cli import fill
+
+        result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
+    else:
+        result = _answer(text_only(opened), text, settings, compare, verbose)
+    if as_json:
+        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
+
+
+def _answer(exe: Executable, text: str, settings: dict[str, Any], compare: bool, verbose: int) -> dict[str, Any]:
+    """Stream an answer, and run the plain plan on the same prompt beside it; what is to be told of both."""
+    plain = exe.plain() if compare and exe.decode.speculative is not None else None
     if plain is not None:
         plain.generate(text, **{**settings, "max_new_tokens": 4})  # both sides of the pair run warm
     answer = _stream(exe, text, settings, verbose)
     reference = plain.generate(text, **settings) if plain is not None else None
     assert not isinstance(reference, list)
-    result = _run_result(exe, answer, reference, temperature)
+    result = _run_result(exe, answer, reference, settings["temperature"])
     print(f"\n{_run_line(result)}", flush=True)
-    if as_json:
-        _print_json({**result, **times})
-
-
-def _fill(
-    exe: Filler, text: str, settings: dict[str, Any], times: dict[str, Any], flags: tuple[bool, bool, bool], pictures: Iterable[Path]
-) -> None:
-    """Fill an answer; `flags` are compare, trace and JSON."""
-    from planc.compiler.masked_cli import fill
-
-    compare, trace, as_json = flags
-    result = fill(exe, text, settings, compare=compare, trace=trace, pictures=pictures)
-    if as_json:
-        _print_json({**result, **times})
+    return result
 
 
 def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool) -> None:
@@ -321,25 +313,46 @@ def fit(
     suite: Annotated[str | None, typer.Option(help="learn from examples of these tasks: parallelbench")] = None,
     limit: Annotated[int, typer.Option(min=1, help="prompts in all")] = 400,
     seed: Annotated[int, typer.Option(min=0)] = 0,
+    work: Annotated[Path | None, typer.Option(help="draft_head: folder from which an interrupted run goes on [default: FILE.fit]")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="draft_head: file to write [default: the one that the plan names]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="draft_head: tokens that the target writes to learn from")] = 150_000,
+    steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
+    rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
+    png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
     as_json: Json = False,
 ) -> None:
     """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
+    from planc.compiler import files
     from planc.compiler.bench import load_prompts
     from planc.compiler.fit import fit as fit_plan
+    from planc.compiler.heads.fit import fit_head, head_of_plan
+    from planc.compiler.heads.train import Options
     from planc.compiler.plan import Plan
     from planc.compiler.suites.run import SUITES, draw, trained_tasks
+    from planc.runtime.profile import titled_bar
 
     if (prompts is None) == (suite is None) or (suite is not None and suite not in SUITES):
         raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
-    tasks = trained_tasks(model)
-    texts = (
-        [prompt.text for prompt in load_prompts(prompts, limit)]
-        if prompts is not None
-        else [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
-    )
-    found = fit_plan(Plan.from_yaml(plan), model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
-    for key, figures in found.items():
-        print(f"{key}: {figures['file']}")
+    read = Plan.from_yaml(plan)
+    if prompts is not None:
+        texts = [prompt.text for prompt in load_prompts(prompts, limit)]
+    else:
+        tasks = trained_tasks(model)
+        texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
+    if head_of_plan(read) is not None:
+        options = Options(steps=steps, rate=rate, seed=seed)
+        with titled_bar() as show:
+            made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
+        if png is not None:
+            files.write(png, made.picture(f"{plan.stem} on {model}"))
+        found = {"draft_head": made.as_dict()}
+        print(made)
+    else:
+        found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
+        for key, figures in found.items():
+            print(f"{key}: {figures['file']}")
     if as_json:
         _print_json({"plan": str(plan), "model": model, "fitted": found})
 
@@ -396,6 +409,7 @@ def search(
     as_json: Json = False,
 ) -> None:
     """Settle what the section `search` of a plan leaves open, within a budget, and write the best plan."""
+    from planc.compiler import files
     from planc.compiler.plan import Plan
     from planc.compiler.search import run as searching
     from planc.runtime.profile import progress_bar
@@ -415,14 +429,14 @@ def search(
             note=lambda line: print(line, file=sys.stderr),
             progress=lambda done, total: show(100 * done // total, 100),
         )
-    files = [out if len(result.found) == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, len(result.found) + 1)]
-    for file, found in zip(files, result.found, strict=True):
-        searching.write(file, found.plan.to_yaml().encode())
+    written = [out if len(result.found) == 1 else out.with_stem(f"{out.stem}-{number}") for number in range(1, len(result.found) + 1)]
+    for file, found in zip(written, result.found, strict=True):
+        files.write(file, found.plan.to_yaml().encode())
         print(f"{file}: {found.reached}, KL {found.kl:.4g} (the best random start: {found.start_kl:.4g})")
     if png is not None:
-        searching.write(png, searching.picture_of(result, f"{plan.stem} on {model}"))
+        files.write(png, searching.picture_of(result, f"{plan.stem} on {model}"))
     if as_json:
-        plans = [{"file": str(file), **found.as_dict()} for file, found in zip(files, result.found, strict=True)]
+        plans = [{"file": str(file), **found.as_dict()} for file, found in zip(written, result.found, strict=True)]
         _print_json({"model": model, "plans": plans, "png": str(png) if png else None})
 
 

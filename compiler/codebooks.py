@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from planc.compiler.dialect import SCALES, unpack_lookup
-from planc.compiler.rounding import gptq
+from planc.compiler.rounding import fitted_scales, gptq
 
 UNIT = 127  #: steps of a table between 0 and 1
 
@@ -61,28 +61,35 @@ def normal_float(bits: int) -> Tensor:
 
 
 def lookup(
-    weight: Tensor, bits: int, block: int, tables: Tensor | None = None, rows: Tensor | None = None, gram: Tensor | None = None
+    weight: Tensor,
+    bits: int,
+    block: int,
+    tables: Tensor | None = None,
+    rows: Tensor | None = None,
+    gram: Tensor | None = None,
+    importance: Tensor | None = None,
 ) -> Lookup:
-    """Quantise weight [N,K] with the largest magnitude of each block as its scale; to nearest, or by GPTQ where a Gram matrix [K,K] is given."""
-    scales, coarse, offset = quantize_scales(weight.float().reshape(-1, block).abs().amax(1))
-    empty = torch.zeros(weight.shape, dtype=torch.uint8)
-    found = Lookup(empty, normal_float(bits) if tables is None else tables, rows, scales, coarse, offset, bits, block)
-    return rounded(found, weight, gram)
+    """Quantise weight [N,K]; to nearest, or by GPTQ where a Gram matrix [K,K] is given.
 
-
-def rounded(form: Lookup, weight: Tensor, gram: Tensor | None = None) -> Lookup:
-    """The same scales and tables with new codes for `weight`."""
+    The scale of a block is its largest magnitude, or with the `importance` [K] of the inputs the one of least weighed error.
+    """
     outputs, inputs = weight.shape
-    levels = (form.tables.float() / UNIT)[torch.zeros(outputs, dtype=torch.long) if form.rows is None else form.rows.long()]  # [N, 2^bits]
-    scale = block_scales(form, outputs * inputs // form.block).reshape(outputs, -1).repeat_interleave(form.block, 1)
+    tables = normal_float(bits) if tables is None else tables
+    levels = (tables.float() / UNIT)[torch.zeros(outputs, dtype=torch.long) if rows is None else rows.long()]  # [N, 2^bits]
+    peaks = weight.float().reshape(outputs, -1, block).abs().amax(2)
 
     def place(values: Tensor) -> Tensor:
         return torch.searchsorted((levels[:, 1:] + levels[:, :-1]) / 2, values.contiguous())
 
-    if gram is None:
-        codes = place(weight.float() / scale)
-    else:
-        codes = place(gptq(weight, gram, scale, lambda values: levels.gather(1, place(values))))
+    def nearest(values: Tensor) -> Tensor:
+        return levels.gather(1, place(values))
+
+    if importance is not None:
+        peaks = fitted_scales(weight.float(), peaks.clamp(min=1e-12), nearest, importance, signed=False)
+    scales, coarse, offset = quantize_scales(peaks.reshape(-1))
+    form = Lookup(torch.zeros(weight.shape, dtype=torch.uint8), tables, rows, scales, coarse, offset, bits, block)
+    scale = block_scales(form, outputs * inputs // block).reshape(outputs, -1).repeat_interleave(block, 1)
+    codes = place(weight.float() / scale if gram is None else gptq(weight, gram, scale, nearest))
     return replace(form, codes=codes.to(torch.uint8))
 
 

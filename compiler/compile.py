@@ -25,6 +25,7 @@ from planc.compiler.passbase import Context, Pass
 from planc.compiler.pipeline import run_passes
 from planc.compiler.plan import Plan
 from planc.compiler.program import ModelInfo, Program
+from planc.compiler.quality import read_windows
 from planc.compiler.raising import raise_program
 from planc.compiler.search.spec import check_closed
 from planc.compiler.trace import trace
@@ -32,8 +33,10 @@ from planc.compiler.verify import verify
 from planc.passes.argmax import Argmax
 from planc.passes.kv_cache import KvCache
 from planc.passes.logits_rows import LogitsRows
+from planc.passes.tap import Tap
 from planc.passes.top_k import TopK
 from planc.runtime.contract import Contract, PassEffect, hardware
+from planc.runtime.drafters import DraftHead
 from planc.runtime.errors import PlanError
 from planc.runtime.executable import Executable
 from planc.runtime.filler import Filler
@@ -77,7 +80,8 @@ def compile(  # noqa: A001 - the public name
         plan: a `Plan`, its YAML file, or plain data; None is the empty plan.
         out: directory of the artifact; None keeps it in a temporary directory until the process ends.
         tokenizer: overrides the model's own.
-        calibration: token ids [S, L] int64 for passes that calibrate; None takes a text that comes with planc.
+        calibration: token ids [S, L] int64 for passes that calibrate; None takes what the plan names, or a short text that comes with planc.
+            Images [S, C, Y, X] float32 for those of a classifier.
         disable: keys of passes to leave out.
         measure: probe exactness and measure the cost table (about 15 s for 135M parameters on two cores).
         progress: show a progress bar on stderr.
@@ -90,20 +94,12 @@ def compile(  # noqa: A001 - the public name
     from planc.compiler.measure import measured, stages
 
     plan = _plan(plan)
-    if plan.target.backend == "triton":
-        raise PlanError(
-            "backend-missing",
-            "there is no triton engine for language models in this release",
-            plan=plan.where("target", "backend"),
-            fix="use `backend: onnx` or `backend: reference`",
-        )
-    if plan.target.backend == "reference" and places_of(plan):
-        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
-        raise PlanError("plan-conflict", message, plan=plan.where("target", "backend"), fix="use `backend: onnx`")
+    _check_backend(plan)
     with stages(progress) as note:
         classifier = load_classifier(model, image, labels)
         if classifier is not None:
-            made = compile_classifier(classifier, plan, lambda: Path(out) if out is not None else _temporary(), disable=disable, note=note)
+            where: Callable[[], Path] = lambda: Path(out) if out is not None else _temporary()  # noqa: E731
+            made = compile_classifier(classifier, plan, where, calibration=calibration, disable=disable, note=note)
             return made if isinstance(made, Classifier) else load(made, verify=False)
         planned = rewrite(model, plan, tokenizer=tokenizer, calibration=calibration, disable=disable, note=note)
         if plan.decode.masked is not None:
@@ -116,6 +112,16 @@ def compile(  # noqa: A001 - the public name
         note("lowering to ONNX")
         write_onnx(planned, directory, capacity_of(planned), finish, partial(attach_drafts, planned, measure, note))
     return load(directory, verify=False)
+
+
+def _check_backend(plan: Plan) -> None:
+    where = plan.where("target", "backend")
+    if plan.target.backend == "triton":
+        message, fix = "there is no triton engine for language models in this release", "use `backend: onnx` or `backend: reference`"
+        raise PlanError("backend-missing", message, plan=where, fix=fix)
+    if plan.target.backend == "reference" and places_of(plan):
+        message = "a draft model, and a graph with gates, lie in the artifact, and the reference backend writes none"
+        raise PlanError("plan-conflict", message, plan=where, fix="use `backend: onnx`")
 
 
 def rewrite(
@@ -139,7 +145,7 @@ def rewrite(
     if chosen.decode.masked is not None and chosen.decode.masked.mask_token is not None:
         program = program.replace(info=replace(program.info, mask_id=chosen.decode.masked.mask_token))
     ids = text_ids(loaded)
-    context = Context(calibration if calibration is not None else calibration_blocks(ids), None, chosen.folder)
+    context = context_of(chosen, loaded, ids, calibration)
     sample = torch.tensor(ids[: 2 * SAMPLE_ROWS]).reshape(2, SAMPLE_ROWS)
     program, effects = run_passes(program, passes, context, sample=sample if check else None, note=note)
     return Planned(program, effects, loaded, chosen, ids)
@@ -179,8 +185,10 @@ def demanded(plan: Plan, disable: Sequence[str] = ()) -> list[Pass]:
     if "kv_cache" not in have:
         passes.append(KvCache(trees=trees))
     passes = [p.model_copy(update={"trees": trees}) if isinstance(p, KvCache) and p.trees == "auto" else p for p in passes]
-    passes += [LogitsRows(), Argmax()]
     speculative = plan.decode.speculative
+    if speculative is not None and any(isinstance(part, DraftHead) for part in speculative.drafter):
+        passes.append(Tap(final=True))
+    passes += [LogitsRows(), Argmax()]
     width = max((d.needs_top_k for d in speculative.drafter), default=0) if speculative else 0
     if width and "top_k" not in have:
         passes.append(TopK(k=width))
@@ -216,6 +224,19 @@ def text_of(model: LoadedModel) -> Text:
     """The model's text side; its files lie in one directory."""
     files = model.tokenizer_files
     return Text.load(next(iter(files.values())).parent, eos_ids=model.eos_ids) if files else Text(eos_ids=model.eos_ids)
+
+
+def context_of(plan: Plan, model: LoadedModel, ids: Sequence[int], calibration: Tensor | None = None) -> Context:
+    """What the passes of a plan may use: `calibration`, or the text that the plan names, or blocks of `ids`.
+
+    Raises InputError[input-invalid] for a text that cannot be read or has fewer than two tokens.
+    """
+    if calibration is None and plan.calibration is not None:
+        chosen, where = plan.calibration, plan.where("calibration", "text") or "calibration.text"
+        file = plan.folder / Path(chosen.text).expanduser()
+        windows = read_windows(file, text_of(model).encode, tokens=chosen.tokens, window=chosen.length, where=where)
+        calibration = torch.tensor([w for w in windows if len(w) == chosen.length] or windows[:1])
+    return Context(calibration if calibration is not None else calibration_blocks(ids), None, plan.folder)
 
 
 def calibration_blocks(ids: Sequence[int], length: int = 256, most: int = 3) -> Tensor:

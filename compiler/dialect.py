@@ -22,17 +22,27 @@ MASKED = torch.finfo(torch.float32).min
 
 _LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
+#: the operations by their references, which torch can differentiate, as far as it can what they are made of
+REFERENCES: dict[Any, Callable[..., Any]] = {}
+
 
 def _op(name: str, fake: Callable[..., Any]) -> Callable[[Callable[..., Any]], Any]:
-    """Define `planc::name` from its reference. Registered below autograd (planc never differentiates), which keeps a call cheap."""
+    """Define `planc::name` from its reference. Registered below autograd, which keeps a call cheap; training goes through `REFERENCES`."""
 
     def register(reference: Callable[..., Any]) -> Any:
         _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
         _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=_LIBRARY)
-        return getattr(torch.ops.planc, name)
+        op = getattr(torch.ops.planc, name)
+        REFERENCES[op.default] = reference
+        return op
 
     return register
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in float32, or as it is in float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, softcap: float) -> Tensor:
@@ -60,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float
         hidden = hidden | (keys > rows)
     if window:
         hidden = hidden | (keys <= rows - window)
-    return _mix(scores.float().masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
+    return _mix(_wide(scores).masked_fill(hidden.to(q.device), MASKED), v, q.shape[2] // k.shape[2])
 
 
 @_op(
@@ -88,22 +98,115 @@ def cached_attention(
     Row r of sequence b is written to slot lengths[b] + r and sees slots 0 .. lengths[b] + r, less what `bias` [B|1,1,R,T] hides (T >= longest
     length + R); with a window, only the last `window` of them. Where a bias is given it carries the window, in positions.
     """
+    return _over_cache(q, k, v, past_k, past_v, lengths, None, bias, scale, window, softcap)
+
+
+def _over_cache(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    lengths: Tensor,
+    stored: tuple[Tensor, Tensor] | None,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
     rows, capacity = q.shape[1], past_k.shape[2]
     slots = lengths[:, None] + torch.arange(rows, device=q.device)  # [B, R]
     index = slots[:, None, :, None].expand(-1, k.shape[2], -1, k.shape[3])
     keys = past_k.scatter(2, index, k.transpose(1, 2))
     values = past_v.scatter(2, slots[:, None, :, None].expand(-1, v.shape[2], -1, v.shape[3]), v.transpose(1, 2))
     total = int(lengths.max()) + rows
+    assert total <= capacity
     seen = torch.arange(total, device=q.device)[None, None]
     hidden = seen > slots[:, :, None]  # [B, R, T]
     if window and bias is None:
         hidden = hidden | (seen <= slots[:, :, None] - window)
-    scores = _scores(q, keys[:, :, :total].transpose(1, 2), scale, softcap)
+    shown = [keys[:, :, :total], values[:, :, :total]]
+    bias = None if bias is None else bias[..., :total]
+    if stored is not None:
+        shown = [torch.cat((first.expand(len(q), -1, -1, -1), rest), 2) for first, rest in zip(stored, shown, strict=True)]
+        hidden = F.pad(hidden, (stored[0].shape[2], 0))
+        bias = None if bias is None else F.pad(bias, (stored[0].shape[2], 0))
+    scores = _scores(q, shown[0].transpose(1, 2), scale, softcap)
     if bias is not None:
-        scores = scores + bias[..., :total]
-    assert total <= capacity
-    out = _mix(scores.float().masked_fill(hidden[:, None], MASKED), values[:, :, :total].transpose(1, 2), q.shape[2] // k.shape[2])
+        scores = scores + bias
+    out = _mix(_wide(scores).masked_fill(hidden[:, None], MASKED), shown[1].transpose(1, 2), q.shape[2] // k.shape[2])
     return out, keys, values
+
+
+@_op(
+    "stored_attention",
+    lambda q, k, v, past_k, past_v, lengths, stored_k, stored_v, bias, scale, window, softcap: (
+        q.new_empty((*q.shape[:3], v.shape[3])),
+        torch.empty_like(past_k),
+        torch.empty_like(past_v),
+    ),
+)
+def stored_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    past_k: Tensor,
+    past_v: Tensor,
+    lengths: Tensor,
+    stored_k: Tensor,
+    stored_v: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`cached_attention` whose rows also see all of stored_k and stored_v [B,G,S,D], which come first and are not written; B may be 1 there."""
+    return _over_cache(q, k, v, past_k, past_v, lengths, (stored_k, stored_v), bias, scale, window, softcap)
+
+
+def _stored_fake(codes: Tensor, width: int) -> Tensor:
+    return codes.new_empty((*codes.shape[:3], width), dtype=torch.float32)
+
+
+@_op("stored_int8", lambda codes, scale: _stored_fake(codes, codes.shape[3]))
+def stored_int8(codes: Tensor, scale: Tensor) -> Tensor:
+    """Rows [N,G,T,D] of codes [N,G,T,D] with a scale for each row or column (`runtime/kv/stores`, as all that follow)."""
+    return codes.float() * scale.float()
+
+
+@_op("stored_quantized", lambda codes, scale, zero, bits, group, keys: _stored_fake(codes, codes.shape[3] * 8 // bits))
+def stored_quantized(codes: Tensor, scale: Tensor, zero: Tensor, bits: int, group: int, keys: bool) -> Tensor:
+    """Rows [N,G,T,D] of codes [N,G,T,D*bits/8] with scale and zero of `group` tokens of a channel (keys) or channels of a token (values)."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
+    whole = torch.bitwise_and(codes[..., None] >> shifts, 2**bits - 1).flatten(3).float()
+    count, heads, tokens, width = whole.shape
+    if keys:
+        parts = whole.reshape(count, heads, tokens // group, group, width)
+        return (parts * scale.float()[:, :, :, None] + zero.float()[:, :, :, None]).reshape(whole.shape)
+    parts = whole.reshape(count, heads, tokens, width // group, group)
+    return (parts * scale.float()[..., None] + zero.float()[..., None]).reshape(whole.shape)
+
+
+@_op("stored_bitmap", lambda bits, values: _stored_fake(bits, bits.shape[3] * 8))
+def stored_bitmap(bits: Tensor, values: Tensor) -> Tensor:
+    """Rows [N,G,T,D] of bitmaps [N,G,T,D/8], low bits first, and the numbers [N,G,T,K] that they mark, in order."""
+    shifts = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    marks = torch.bitwise_and(bits[..., None] >> shifts, 1).flatten(3).long()
+    places = (marks.cumsum(-1) - 1).clamp(min=0)
+    return values.float().gather(-1, places) * marks
+
+
+@_op("stored_corrected", lambda rows, left, right, places, deltas, axis: torch.empty_like(rows))
+def stored_corrected(
+    rows: Tensor, left: Tensor | None, right: Tensor | None, places: Tensor | None, deltas: Tensor | None, axis: int
+) -> Tensor:
+    """Rows [N,G,T,D] plus left [N,G,T,r] times right [N,G,D,r] transposed, plus `deltas` at the `places` (uint8) along `axis`."""
+    out = rows.clone()
+    if left is not None and right is not None:
+        out = out + left.float() @ right.float().transpose(-1, -2)
+    if places is not None and deltas is not None:
+        out = out.scatter_add(axis, places.long(), deltas.float())
+    return out
 
 
 @_op(
@@ -139,8 +242,8 @@ def attention_probe(
 
 @_op("rms_norm", lambda x, weight, eps: torch.empty_like(x))
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x [..., K] / root mean square * weight [K], computed in float32."""
-    wide = x.float()
+    """x [..., K] / root mean square * weight [K], computed in float32 (float64 for such x)."""
+    wide = _wide(x)
     return (weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)).to(x.dtype)
 
 
@@ -270,6 +373,12 @@ def linear_lookup(
     """x [..., K] times weights that are places in tables (see `unpack_lookup`). As in `linear_blocks`, a backend may round x to int8 per block."""
     out = torch.matmul(x, unpack_lookup(packed, tables, rows, scales, coarse, offset, bits, block, x.shape[-1]).t().to(x.dtype))
     return out if bias is None else out + bias
+
+
+@_op("block_diagonal", lambda x, blocks: x.new_empty((*x.shape[:-1], blocks.shape[0] * blocks.shape[1])))
+def block_diagonal(x: Tensor, blocks: Tensor) -> Tensor:
+    """x [..., J*i] times a block-diagonal matrix with `blocks` [J,o,i] -> [..., J*o]; a block's rows are outputs, as in a dense layer."""
+    return torch.einsum("...ji,joi->...jo", x.unflatten(-1, (blocks.shape[0], blocks.shape[2])), blocks).flatten(-2)
 
 
 @_op("embedding_int8", lambda table, scale, ids: scale.new_empty((*ids.shape, table.shape[1])))

@@ -1,4 +1,4 @@
-"""What drafters need in the artifact: a draft model in a folder of its own, the sublayers that a target leaves out. Nothing lies outside."""
+"""What drafters need in the artifact: a draft model or head in a folder of its own, the sublayers that a target leaves out."""
 
 from __future__ import annotations
 
@@ -9,20 +9,28 @@ from typing import TYPE_CHECKING, Any
 
 from planc.backends.onnx.artifact import write_onnx
 from planc.backends.onnx.engine import OnnxEngine
+from planc.compiler.blocks import find_blocks
+from planc.compiler.passbase import Pass
 from planc.compiler.plan import Plan
 from planc.compiler.plan_source import Source
 from planc.compiler.skip_fit import fit_skip
+from planc.passes.attach_head import AttachHead
 from planc.passes.kv_cache import KvCache
+from planc.passes.load_weights import LoadWeights
+from planc.passes.quantize_weights import QuantizeWeights
+from planc.passes.skip_layers import SkipLayers
+from planc.passes.trim_vocab import TrimVocab
 from planc.runtime import profile
 from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.contract import Contract, hardware
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import DraftModel, SelfSkip
+from planc.runtime.drafters import DraftHead, DraftModel, SelfSkip
+from planc.runtime.drafters.draft_head import HEAD
 from planc.runtime.drafters.draft_model import FOLDER, FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import CompileError, PlanError
-from planc.runtime.text import Text
+from planc.runtime.text import TOKENIZER, Text
 
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
@@ -30,10 +38,10 @@ if TYPE_CHECKING:
 _DEAREST, _PAST = 0.9, 128  # a fuzzy form whose pass takes a larger share of the exact form's, behind so many tokens, is left out
 
 
-def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip]:
+def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip | DraftHead]:
     """The plan's drafters that need something in the artifact, by their place in the list."""
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
-    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip)}
+    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip | DraftHead)}
 
 
 def attach_drafts(
@@ -52,6 +60,9 @@ def attach_drafts(
             if isinstance(part, DraftModel):
                 extra |= _attach_model(planned, part, directory / FOLDER, place, measure, note)
                 drafters[index] = part.model_copy(update={"artifact": FOLDER, "plan": None, "model": None, "passes": (), "fuzzy": ()})
+            elif isinstance(part, DraftHead):
+                _attach_head(planned, part, place, directory / HEAD, measure, note)
+                drafters[index] = part.model_copy(update={"artifact": HEAD, "file": None})
             else:
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found
@@ -72,6 +83,13 @@ def _attach_model(
     else:
         _compile(planned, part, place, target, measure, note)
     _check(planned, read_artifact(target, verify=False), target)
+    if planned.plan.decode.context is not None and (part.artifact is not None or not _same_text(planned, target)):
+        message = (
+            "context shortens prompts by what the draft model attends to, so that model is compiled with the plan and has its tokenizer"
+        )
+        raise PlanError(
+            "draft-mismatch", message, plan=place, fix="use draft_model: {passes: ...}, or {plan: ...} with a model of the family"
+        )
     if not part.fuzzy:
         return {}
     note("the fuzzy form of the draft model")
@@ -83,6 +101,24 @@ def _attach_model(
     if ratio > _DEAREST:  # worse guesses for the same time
         shutil.rmtree(target / FUZZY)
     return {"fuzzy": {"step_ratio": round(ratio, 4), "kept": ratio <= _DEAREST}}
+
+
+def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
+    """Write the trained head into the folder `target`."""
+    note("the draft head")
+    if part.file is None:
+        message = "draft_head has no trained head yet"
+        raise PlanError("plan-bad-value", message, plan=place, fix="name a `file`, and make it with `planc fit`")
+    passes = (*head_passes(planned, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
+    plan = Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target)
+    _write(planned, planned.model, plan, target, measure, note, "the draft head")
+
+
+def head_passes(planned: Planned, part: DraftHead) -> tuple[Pass, ...]:
+    """What makes the target a draft head that is not trained yet."""
+    layers = [block.index for block in find_blocks(planned.program)]
+    layer = layers[part.layer] if -len(layers) <= part.layer < 0 else part.layer
+    return SkipLayers(keep=(layer,)), AttachHead(fuse=part.fuse, feedback=part.feedback)
 
 
 def _beside(plan: Plan, path: str) -> Path:
@@ -101,41 +137,68 @@ def _copy(source: Path, target: Path) -> None:
 def _compile(
     planned: Planned, part: DraftModel, place: str | None, target: Path, measure: bool, note: Callable[[str], None], *, fuzzy: bool = False
 ) -> None:
-    from planc.compiler.compile import capacity_of, rewrite, tree_form
-
     plan, model = _plan_of(planned.plan, part, place), _model_of(planned, part)
     if fuzzy:
         plan = plan.model_copy(update={"passes": (*plan.passes, *part.fuzzy)})
+    draft = _write(planned, model, plan, target, measure, note, "the draft model")
+    added = set[str]() if fuzzy else {extra.key for extra in part.passes}  # a fuzzy form may be the exact one: n = 1
+    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
+        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
+        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
+
+
+def _write(planned: Planned, model: Any, plan: Plan, target: Path, measure: bool, note: Callable[[str], None], name: str) -> Planned:
+    """The artifact `target` of what drafts for `planned`: `model` by `plan`."""
+    from planc.compiler.compile import capacity_of, rewrite, tree_form
+
     if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
         plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
-    draft = rewrite(model, plan, note=lambda text: note(f"the draft model: {text}"))
+    draft = rewrite(model, plan, note=lambda text: note(f"{name}: {text}"))
 
     def finish(engine: Engine, capacity: int) -> Contract:
         """Exactness is nobody's concern: the target verifies every guess."""
         cost = profile.measure_cost(engine, capacity=min(capacity, 1024), seconds=3.0, logits=True) if measure else None
         return Contract(cost=cost, effects=draft.effects, hardware=hardware())
 
-    added = set[str]() if fuzzy else {extra.key for extra in part.passes}  # a fuzzy form may be the exact one: n = 1
-    if idle := [effect.name for effect in draft.effects if effect.name in added and effect.notes == ("nothing to do",)]:
-        message = f"draft_model: {idle[0]} finds nothing to do after the plan's own passes"
-        raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
     write_onnx(draft, target, min(capacity_of(planned), capacity_of(draft)), finish)
+    return draft
 
 
 def _plan_of(plan: Plan, part: DraftModel, place: str | None) -> Plan:
     """The draft model's own plan: plain decoding, for the same target."""
     if part.plan is None:
-        return Plan(Source(str(plan.folder / "draft.yaml")), passes=(*plan.passes, *part.passes), target=plan.target)
+        # a draft model's cache follows no policy: nobody tells it where a prompt ends, and it goes back as far as drafts are rejected
+        passes = (p.model_copy(update={"policy": None}) if isinstance(p, KvCache) else p for p in (*plan.passes, *part.passes))
+        return _judging(plan, Plan(Source(str(plan.folder / "draft.yaml")), passes=tuple(passes), target=plan.target))
     own = Plan.from_yaml(_beside(plan, part.plan))
     if own.decode.speculative is not None:
         raise PlanError(
             "plan-conflict", f"the draft model's plan {part.plan} drafts itself", plan=place, fix="remove `speculative` from it"
         )
+    if any(isinstance(p, KvCache) and p.policy is not None for p in own.passes):
+        message = f"{part.plan} gives the draft model's cache a policy, and nobody tells it where a prompt ends"
+        raise PlanError("plan-conflict", message, plan=place, fix="remove `policy` from it")
     if own.target.backend != "onnx":
         raise PlanError(
             "plan-conflict", f"{part.plan} is for the {own.target.backend} backend", plan=place, fix="use `backend: onnx` there"
         )
-    return own
+    return _judging(plan, own)
+
+
+def _judging(plan: Plan, own: Plan) -> Plan:
+    """The draft model's plan, whose cache also tells what it was asked where the target's prompts are shortened by that."""
+    if plan.decode.context is None:
+        return own
+    cache = next((p for p in own.passes if isinstance(p, KvCache)), KvCache())
+    passes = (*(p for p in own.passes if not isinstance(p, KvCache)), cache.model_copy(update={"policy": plan.decode.context.policy}))
+    return own.model_copy(update={"passes": passes})
+
+
+def _same_text(planned: Planned, folder: Path) -> bool:
+    """Whether a draft model in this folder reads the target's token ids."""
+    ours = planned.model.tokenizer_files.get(TOKENIZER)
+    theirs = folder / TOKENIZER
+    return (ours.read_bytes() if ours is not None else b"") == (theirs.read_bytes() if theirs.is_file() else b"")
 
 
 def _model_of(planned: Planned, part: DraftModel) -> Any:

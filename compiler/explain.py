@@ -54,7 +54,7 @@ def explain(model: str, plan: Plan) -> list[Step]:
 def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     """The program after each step, as `planc.compile` makes it; not probed."""
     from planc.compiler import classify
-    from planc.compiler.compile import calibration_blocks, demanded, text_ids
+    from planc.compiler.compile import context_of, demanded, text_ids
     from planc.compiler.image_models import load_classifier
     from planc.compiler.models import load_model
     from planc.compiler.passbase import Context
@@ -79,7 +79,7 @@ def _programs(model: str, plan: Plan) -> Iterator[tuple[str, Program]]:
     yield "trace", program
     program = raise_program(program)
     yield "raise", program
-    context = Context(calibration_blocks(text_ids(loaded)), None)
+    context = context_of(plan, loaded, text_ids(loaded))
     for part in passes:
         program, _ = run_passes(program, [part], context)
         yield part.key, program

@@ -335,6 +335,20 @@ def _attention(walk: _Walk, node: Node) -> Any:
     return [q[0], q[1], walk.tie(q[2], repeated), None]
 
 
+@_rule("scaled_dot_product_attention")
+def _plain_attention(walk: _Walk, node: Node) -> Any:
+    """Encoders' own attention over q, k and v [B, heads, T, width]: as `_attention`; a mask may not differ between heads."""
+    q, k, v = (walk.of(a) for a in _args(node)[:3])
+    mask = _args(node)[3] if len(_args(node)) > 3 else node.kwargs.get("attn_mask")
+    by_head = isinstance(mask, Node) and mask.meta["val"].dim() > 2 and mask.meta["val"].shape[-3] != 1
+    if len(q) != 4 or q[1] is None or k[1] is None or v[1] is None or by_head:
+        return _unknown(walk, node)
+    walk.tie(k[1], v[1])
+    walk.heads.append(q[1])
+    walk.freeze(q[3], k[3], v[3])
+    return [q[0], walk.tie(q[1], np.repeat(k[1], len(q[1]) // len(k[1]))), q[2], None]
+
+
 @_rule("transpose")
 def _transpose(walk: _Walk, node: Node) -> Any:
     x = list(walk.of(_args(node)[0]))

@@ -11,7 +11,7 @@ from torch import Tensor
 from planc.compiler.codebooks import UNIT, Lookup, block_scales, lookup, quantize_scales
 
 _QUANTILES, _ROUNDS, _BINS = 32, 25, 2048
-_RATE = 4.0  # of the first step, in units of a move that no other move gets in the way of
+RATE = 4.0  #: of the first step, in units of a move that no other move gets in the way of
 
 Rule = Literal["near", "distance"]
 
@@ -71,13 +71,13 @@ def kmeans(values: Tensor, weights: Tensor, levels: int) -> Tensor:
     return torch.round(book * UNIT).clamp(-UNIT, UNIT).to(torch.int8)
 
 
-def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "near", moves: list[int] | None = None) -> Lookup:
+def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "near", rate: float = RATE) -> Lookup:
     """Learn tables and places together for the least error of the layer's outputs, tr(D G D^T) with D = W_hat - W and G = `gram`.
 
     A weight has one number that says how far it is on the way to a neighbouring entry of its table. The gradient of the output error moves it,
     less the larger the gap (`near`; `distance` moves it more the larger the gap, as plain differentiation would). Beyond one half it takes the
-    neighbour's place, where that move alone would lower the error. Entries of tables follow the gradient by Adam. The state with the least
-    error is kept. `moves` is told how many places each change of a weight went.
+    neighbour's place, where that move alone would lower the error; `rate` is the size of the first step. Entries of tables follow the gradient by
+    Adam. The state with the least error is kept.
     """
     outputs, inputs = weight.shape
     rows = torch.zeros(outputs, dtype=torch.long) if form.rows is None else form.rows.long()
@@ -99,8 +99,7 @@ def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "
         # tables
         pull = torch.zeros(table.numel()).index_add_(0, index.flatten(), (gradient * scale).flatten()).reshape(table.shape)
         first, second = 0.9 * first + 0.1 * pull, 0.99 * second + 0.01 * pull**2
-        rate = 2e-3 * (1 - step / (steps + 1))
-        table = table - rate * (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-20)
+        table = table - 2e-3 * (1 - step / (steps + 1)) * (first / (1 - 0.9**step)) / ((second / (1 - 0.99**step)).sqrt() + 1e-20)
         table = table.sort(1).values.clamp(-1, 1)
         # places: the neighbour on the side that the gradient points to
         side = -gradient.sign().long()
@@ -110,10 +109,8 @@ def joint(form: Lookup, weight: Tensor, gram: Tensor, steps: int, rule: Rule = "
         mean = gap.mean()
         factor = torch.exp(-gap / mean) if rule == "near" else gap
         factor = factor / factor.mean()  # both rules take steps of the same mean size
-        way = way + side * _RATE * (1 - step / (steps + 1)) ** 2 * (wanted / gap.clamp(min=1e-12)).clamp(max=1) * factor
+        way = way + side * rate * (1 - step / (steps + 1)) ** 2 * (wanted / gap.clamp(min=1e-12)).clamp(max=1) * factor
         moved = (way.abs() > 0.5) & (neighbour != codes) & (2 * gradient.abs() > gap * gram.diagonal())  # alone it would lower the error
-        if moves is not None:
-            moves.extend((neighbour - codes)[moved].abs().tolist())
         codes = torch.where(moved, neighbour, codes)
         way = torch.where(moved, torch.zeros_like(way), way.clamp(-0.6, 0.6))
     return best

@@ -31,6 +31,8 @@ def measured(planned: Planned, note: Callable[[str], None]) -> Callable[[Engine,
         exact = exactness.probe(engine, planned.text_ids, capacity=slots, tree_block=TREE_BLOCK if split else None, uses_trees=uses_trees)
         if speculative is not None and speculative.transfer is not None and speculative.transfer.strength > 0.0:
             exact = exact.model_copy(update={"level": "lossy", "note": "transfer moves the target's distribution towards the draft's"})
+        if planned.program.policy is not None:
+            exact = exact.model_copy(update={"note": "; ".join(filter(None, (exact.note, "against the same cache policy without drafts")))})
         note("measuring the cost of passes")
         cost = profile.measure_cost(engine, capacity=slots, batch=planned.plan.decode.batch_sizes)
         return Contract(exactness=exact, cost=cost, effects=planned.effects, hardware=hardware())

@@ -37,7 +37,8 @@ CHANGES = Effect("changes")
 
 @dataclass(frozen=True)
 class Context:
-    """What a pass may use besides the program: text to calibrate on (token ids [S, L]), a note of progress, and where its files lie."""
+    """What a pass may use besides the program: what to calibrate on (token ids [S, L], or images [S, C, Y, X]), a note of progress, and where its
+    files lie."""
 
     calibration: Tensor | None = None
     progress: Any = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
 
+from planc.compiler.cache_conflicts import check_cache
 from planc.compiler.plan_source import Source, YamlPath, dotted, dump, explain, read
 from planc.compiler.search.spec import Search, check_search
 from planc.runtime.decode import Decode
@@ -37,6 +38,16 @@ class Target(BaseModel):
     )
 
 
+class Calibration(BaseModel):
+    """Text for passes that measure what goes through the model."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    text: str = Field(description="a text file; counts from the folder of the plan")
+    tokens: PositiveInt = Field(16384, description="how many of its tokens are used")
+    length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
+
+
 class Plan(BaseModel):
     """An inference plan: passes over the graph, the decoding policy, and the target.
 
@@ -51,6 +62,7 @@ class Plan(BaseModel):
     paper: PositiveInt | None = Field(None, description="number of the method in `planc papers`")
     description: str | None = Field(None, description="what the plan shows, in a sentence")
     passes: tuple[PassItem, ...] = Field((), description="rewrites of the model, one key per item")
+    calibration: Calibration | None = Field(None, description="what passes calibrate on; left out: a short text that comes with planc")
     search: Search | None = Field(None, description="what is left open, for `planc search` to settle")
     decode: Decode = Field(default_factory=Decode, description="how tokens are chosen")
     target: Target = Field(default_factory=Target, description="what the program is lowered for")
@@ -69,6 +81,7 @@ class Plan(BaseModel):
         self._source = source
         _check_target(self)
         _check_relations(self)
+        check_cache(self)
         if self.search is not None:
             check_search(self)
 

@@ -14,6 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import DimDynamic, StatelessSymbolicContext
 
+from planc.runtime.kv import KvPolicy, LayerSpec
+
 MAIN = "main"
 
 
@@ -38,6 +40,7 @@ class KVState:
     dtype: torch.dtype
     window: int = 0
     split: bool = False  # attention as separate products, see passes/kv_cache
+    layer: LayerSpec | None = None  # what a cache with a policy must know of it
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Program:
     info: ModelInfo
     states: tuple[KVState, ...] = ()
     history: tuple[Change, ...] = ()
+    policy: KvPolicy | None = None  # of the cache
 
     @property
     def main(self) -> Graph:
@@ -186,6 +190,19 @@ class Editor:
             new = self.param(f"{old.target}{mark}", value)
         node.update_arg(index, new)
         return new
+
+    def add_bias(self, product: Node, more: Tensor, mark: str) -> None:
+        """Add `more` [N] to the bias of one dense layer or convolution, which need not have one; the new one is called with `mark` behind."""
+        weight = product.args[1]
+        assert isinstance(weight, Node)
+        if len(product.args) > 2 and isinstance(old := product.args[2], Node):
+            value = self.params[str(old.target)]
+            self.swap(product, 2, (value + more).to(value.dtype), mark)
+            return
+        with self.before(product):
+            name = str(weight.target).partition(".weight")[0]
+            bias = self.param(f"{name}.bias{mark}", more.to(self.params[str(weight.target)].dtype))
+        product.args = (*product.args[:2], bias, *product.args[3:])
 
     def outputs(self, **new: Node | None) -> None:
         """Add, replace or (None) remove named outputs."""

@@ -13,6 +13,9 @@ from planc.runtime.errors import CompileError
 #: weights in units of their scale, [N, n] -> the nearest levels, same shape and units
 Nearest = Callable[[Tensor], Tensor]
 
+#: scales that are tried, in shares of the one at which a block's largest magnitude is the end of the range. Negative: the other end
+_SHARES = (*(x / 20 for x in range(12, 23)), *(-x / 20 for x in range(18, 25)))
+
 _COLUMNS = 32  # that are rounded before their errors are carried to the rest: few enough to stay in the cache
 
 
@@ -57,6 +60,29 @@ def _factor(gram: Tensor, damp: float) -> Tensor:
         "the inputs that calibration saw have no usable Gram matrix",
         fix="calibrate on more text, or set `rounding: nearest`",
     )
+
+
+def fitted_scales(weight: Tensor, peaks: Tensor, nearest: Nearest, importance: Tensor, *, signed: bool) -> Tensor:
+    """Scales [N,M] of the blocks of `weight` [N,K], M blocks in a row, with the least squared error of each block.
+
+    Around the scale `peaks` [N,M] that takes in a block's largest magnitude, several are tried; for the levels that each leads to the best scale
+    is known (least squares), and the best of all is kept. Errors are weighed by `importance` [K] >= 0 of the inputs. `signed`: the levels are not
+    symmetric, so that a negative scale may be better.
+    """
+    block = weight.shape[1] // peaks.shape[1]
+
+    def blocks(values: Tensor) -> Tensor:
+        return values.reshape(*peaks.shape, block)
+
+    weighed = (weight * importance).float()
+    best, gain = peaks.clone(), torch.zeros_like(peaks)
+    for share in (1.0, *(s for s in _SHARES if s != 1 and (signed or s > 0))):  # 1 first: others must be better than it
+        levels = nearest(weight / (peaks * share).repeat_interleave(block, 1))
+        product, square = blocks(weighed * levels).sum(2), blocks(levels * levels * importance).sum(2)
+        scale = torch.where(square > 0, product / square.clamp(min=1e-30), peaks)
+        better = (product * scale > gain) & (signed | (scale > 0))
+        best, gain = torch.where(better, scale, best), torch.where(better, product * scale, gain)
+    return best
 
 
 def second_moments(gram: Gram) -> Tensor:

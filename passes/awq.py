@@ -8,17 +8,18 @@ Paper     AWQ, Activation-aware Weight Quantization (Lin et al. 2023); the error
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from planc.compiler.calibration import Gram32, calibration_text, collect
+from planc.compiler.calibration import Gram32
+from planc.compiler.folding import Site, fold_scales
 from planc.compiler.passbase import Context, Effect, Pass, Stage
 from planc.compiler.program import Program
 from planc.compiler.rounding import output_error, second_moments
 from planc.compiler.weight_forms import Format, store
-from planc.passes.smooth import Site, find_sites, fold
 
 _ALPHAS = tuple(i / 20 for i in range(20))
 _SAMPLE = 256  # rows of each product on which an alpha is judged
@@ -42,22 +43,13 @@ class Awq(Pass):
 
     def apply(self, program: Program, context: Context) -> Program:
         """One run over the text, then the best alpha of each site; alpha 0 leaves a site as it is."""
-        if any(c.pass_name == self.key for c in program.history):
-            return program
-        ids = calibration_text(context, self.key)
-        sites = [s for s in find_sites(program) if s.x.meta["val"].shape[-1] % self.block == 0]
-        statistics = collect(program, {s.x: {Gram32} for s in sites}, ids, context.progress)
-        edit, scaled = program.edit(self.key), 0
-        for site in sites:
-            weights = [edit.params[str(edit[p].args[1].target)] for p in site.products]
-            scale = self._scale(site, weights, second_moments(statistics[site.x, Gram32]))
-            if scale is not None:
-                fold(edit, site, scale)
-                scaled += 1
-        return edit.done(len(sites), scaled) if scaled else program
+        return fold_scales(program, context, self.key, Gram32, self._scale)
 
-    def _scale(self, site: Site, weights: list[Tensor], gram: Tensor) -> Tensor | None:
-        """The scale of the best alpha; None where no scale is better."""
+    def _scale(self, site: Site, weights: Sequence[Tensor], seen: Gram32) -> Tensor | None:
+        """The scale of the best alpha; None where no scale is better, or the format's blocks do not fit."""
+        if weights[0].shape[1] % self.block:
+            return None
+        gram = second_moments(seen)
         form: Format = self.format
         rows = [w[:: max(1, len(w) // _SAMPLE)] for w in weights]
         rms = site.shared(gram.diagonal().clamp(min=0).sqrt()).clamp(min=1e-6)

@@ -83,5 +83,5 @@ def fingerprint(params: Mapping[str, Tensor], without: Iterable[str] = ()) -> st
     for name in sorted(set(params) - set(without)):
         value = params[name].detach().contiguous()
         digest.update(f"{name} {value.dtype} {list(value.shape)}\n".encode())
-        digest.update(value.view(torch.uint8).numpy().data)
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -12,10 +12,10 @@ from typing import ClassVar
 
 import torch
 
-from planc.compiler.dialect import LINEARS, OPS
+from planc.compiler.blocks import head_of
+from planc.compiler.dialect import OPS
 from planc.compiler.passbase import EXACT, Context, Effect, Pass, Stage
-from planc.compiler.program import Program, describe
-from planc.runtime.errors import CompileError
+from planc.compiler.program import Program
 
 
 class LogitsRows(Pass):
@@ -34,11 +34,7 @@ class LogitsRows(Pass):
             return program
         edit = program.edit(self.key)
         start = edit.input("logits_from", torch.int64, 1)
-        head = edit[program.outputs["logits"]]
-        while head.target not in LINEARS:
-            if not head.all_input_nodes or head.op != "call_function":
-                raise CompileError("raise-missing", "the logits do not come from a dense product", node=describe(head))
-            head = head.all_input_nodes[0]
+        head = edit[head_of(program)]
         with edit.before(head):
             rows = edit.call(OPS.rows_from.default, head.args[0], start)
         head.args = (rows, *head.args[1:])

@@ -10,9 +10,9 @@ Paper     int8: per-row and per-token scales as in LLM.int8 and SmoothQuant; blo
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, Self, get_args
 
 import torch
 from pydantic import Field, model_validator
@@ -21,7 +21,7 @@ from torch.fx import Node
 
 from planc.compiler.allocation import allocate
 from planc.compiler.block_formats import gguf_blocks
-from planc.compiler.calibration import Gram32, calibration_text, collect
+from planc.compiler.calibration import Gram32, Moments, calibration_text, collect, propagate
 from planc.compiler.codebooks import bits_of
 from planc.compiler.dialect import OPS
 from planc.compiler.joint import learned
@@ -29,6 +29,7 @@ from planc.compiler.low_rank import LowRank, decompose
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe, module_matches, module_paths
 from planc.compiler.rounding import second_moments
+from planc.compiler.training import sensitivities
 from planc.compiler.weight_forms import Format, Stored, blocks, int8_rows, store, tabled
 from planc.runtime.errors import CompileError
 
@@ -37,8 +38,8 @@ Choice = Literal[Format, "keep", "none"]
 
 #: What `budget` chooses from: (bits, block) of NormalFloat.
 GRID = tuple((bits, block) for bits in (2, 3, 4) for block in (16, 32, 64))
+_SEQUENCES = 8  # of the text, on which the gradients of the loss are taken
 _SAMPLE = 256  # rows on which the error of an option is estimated
-_GRAMS = 2**29  # bytes of Gram matrices that are gathered in one run over the text
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class _Product:
     name: str  # of its weight
     form: Format
     block: int
+    rows: Tensor | None = None  # [N]: by what errors of its outputs are weighed
 
 
 class QuantizeWeights(Pass):
@@ -67,6 +69,11 @@ class QuantizeWeights(Pass):
     rounding: Literal["nearest", "gptq"] = Field(
         default="nearest", description="gptq: on calibration text, later weights make good what rounding did to earlier ones"
     )
+    scales: Literal["peak", "search"] = Field(
+        default="peak",
+        description="peak: a block's largest magnitude is the end of its range; search: the scale of least squared error, weighed by the inputs "
+        "where calibration text is used; not for the codebooks, which fit their tables",
+    )
     low_rank: int = Field(default=0, ge=0, le=512, description="rank of a float16 correction beside the formats in blocks; 0: none")
     budget: float | None = Field(
         default=None,
@@ -74,7 +81,11 @@ class QuantizeWeights(Pass):
         le=8.0,
         description="mean bits per weight of the nf formats, scales included: bits and block are chosen per matrix",
     )
-    weigh: bool = Field(default=False, description="weigh errors of low_rank, budget and codebooks by the inputs seen in calibration text")
+    weigh: bool = Field(
+        default=False,
+        description="weigh errors of low_rank, budget and codebooks by the inputs that calibration text makes, "
+        "those of low_rank and budget also by the gradients of its loss (Fisher)",
+    )
     tables: int = Field(default=8, ge=1, le=256, description="tables of a codebook format: rows of like distribution share one")
     learn: int = Field(
         default=0, ge=0, le=2000, description="steps in which tables and places of a codebook are learned on calibration text"
@@ -86,6 +97,7 @@ class QuantizeWeights(Pass):
         for option, used, kinds in (
             ("budget", self.budget is not None, ("nf2", "nf3", "nf4")),
             ("learn", self.learn > 0, ("codebook2", "codebook3", "codebook4")),
+            ("scales", self.scales == "search", tuple(f for f in get_args(Format) if not f.startswith("codebook"))),
             ("low_rank", self.low_rank > 0, tuple(f for f in get_args(Format) if f != "int8")),
         ):
             if used and not formats & set(kinds):
@@ -108,7 +120,7 @@ class QuantizeWeights(Pass):
                     notes.append(f"{name} is not in the GGUF as blocks: float kept")
                 elif form == "keep":
                     packed, scales, zeros, bits = kept[name]
-                    self._replace(edit, node, blocks(packed, scales, zeros, bits, 32))
+                    self._exchange(edit, node, blocks(packed, scales, zeros, bits, 32))
                     served, done = served + 1, done + 1
                 elif form != "none":
                     products.append(self._product(node, name, form, program))
@@ -122,13 +134,18 @@ class QuantizeWeights(Pass):
                 where=f"pass {self.key}",
                 fix="use format int4_blocks, or remove smooth",
             )
-        for part in self._parts(program, products):
-            grams = self._grams(program, part, context)
-            part = part if self.budget is None else self._allocate(program, part, grams, notes)
-            for product in part:
-                gram = grams.get(product.node.args[0])
-                self._replace(edit, product.node, *self._quantize(program.params[product.name], product, gram))
-            done += len(part)
+        if self.weigh and (self.low_rank or self.budget):
+            products = self._sensitive(program, products, context)
+        if self.budget is not None:
+            products = self._allocate(program, products, context, notes)
+        if any(map(self._calibrated, products)):
+            text = calibration_text(context, self.key)
+            grams = dict[Node, Tensor]()
+            propagate(program, {p.node: self._calibrate(edit, p, grams) for p in products}, text, context.progress)
+        else:
+            for product in products:
+                self._replace(edit, product, None)
+        done += len(products)
         return edit.done(matched, done, notes) if done else program
 
     # ---- which product takes which form
@@ -141,16 +158,28 @@ class QuantizeWeights(Pass):
             )
         return _Product(node, name, form, self.block)
 
-    def _allocate(self, program: Program, products: list[_Product], grams: dict[Any, Tensor], notes: list[str]) -> list[_Product]:
+    def _sensitive(self, program: Program, products: list[_Product], context: Context) -> list[_Product]:
+        """The products with how much the loss of some of the text depends on their outputs; int8 ones, which nothing weighs, as they are."""
+        weighed = [p for p in products if p.form != "int8"]
+        found = sensitivities(program, (p.node for p in weighed), calibration_text(context, self.key)[:_SEQUENCES]) if weighed else {}
+        return [replace(p, rows=found.get(p.node)) for p in products]
+
+    def _allocate(self, program: Program, products: list[_Product], context: Context, notes: list[str]) -> list[_Product]:
         """NormalFloat products with bits and block chosen for the least error under the budget."""
         assert self.budget is not None
         free = [p for p in products if p.form.startswith("nf")]
+        if not free:
+            return products
+        seen = None
+        if self.weigh:
+            text = calibration_text(context, self.key)
+            seen = collect(program, {p.node.args[0]: {Moments} for p in free}, text, context.progress)
         costs, sizes, options = list[list[float]](), list[list[int]](), list[list[tuple[int, int]]]()
         for product in free:
             weight = program.params[product.name]
             options.append([(bits, block) for bits, block in GRID if weight.shape[1] % block == 0])
-            columns = _columns(grams.get(product.node.args[0])) if self.weigh else None
-            costs.append([_cost(weight, bits, block, columns) for bits, block in options[-1]])
+            columns = seen[product.node.args[0], Moments].mean_square.sqrt().float() if seen else None
+            costs.append([_cost(weight, bits, block, columns, product.rows) for bits, block in options[-1]])
             sizes.append([bits_of(weight.shape[0], weight.shape[1], bits, block) for bits, block in options[-1]])
         total = sum(program.params[p.name].numel() for p in free)
         try:
@@ -165,7 +194,7 @@ class QuantizeWeights(Pass):
         spent = sum(row[j] for row, j in zip(sizes, chosen, strict=True))
         mix = {bits: sum(found[0] == bits for found in forms.values()) for bits in (2, 3, 4)}
         notes.append(f"{spent / total:.4f} bits per weight of {self.budget:g}; matrices by bits: {mix}")
-        return [_Product(p.node, p.name, f"nf{forms[p.name][0]}", forms[p.name][1]) if p.name in forms else p for p in products]  # type: ignore[arg-type]
+        return [replace(p, form=f"nf{forms[p.name][0]}", block=forms[p.name][1]) if p.name in forms else p for p in products]  # type: ignore[arg-type]
 
     # ---- statistics of inputs
 
@@ -174,47 +203,53 @@ class QuantizeWeights(Pass):
             self.rounding == "gptq" or (product.form != "int8" and self.weigh) or (product.form.startswith("codebook") and self.learn > 0)
         )
 
-    def _parts(self, program: Program, products: list[_Product]) -> Iterator[list[_Product]]:
-        """Products whose Gram matrices fit into memory together; all at once where there are none, or a budget to share."""
-        part, inputs, size = list[_Product](), set[Any](), 0
-        for product in products:
-            x = product.node.args[0]
-            more = 4 * program.params[product.name].shape[1] ** 2 if self._calibrated(product) and x not in inputs else 0
-            if part and size + more > _GRAMS and self.budget is None:
-                yield part
-                part, inputs, size = [], set(), 0
-            part.append(product)
-            inputs.add(x)
-            size += more
-        if part:
-            yield part
+    def _calibrate(self, edit: Editor, product: _Product, grams: dict[Node, Tensor]) -> Callable[[Sequence[Tensor]], Callable[..., Tensor]]:
+        """What `propagate` asks when it comes to the product: it is quantised for the inputs that the quantised products before it make."""
+        x = product.node.args[0]
 
-    def _grams(self, program: Program, products: Iterable[_Product], context: Context) -> dict[Any, Tensor]:
-        """E[x^T x] of every input that is needed, by node."""
-        wanted = {p.node.args[0]: {Gram32} for p in products if self._calibrated(p)}
-        if not wanted:
-            return {}
-        found = collect(program, wanted, calibration_text(context, self.key), context.progress)
-        return {x: second_moments(found[x, Gram32]) for x in wanted}
+        def change(inputs: Sequence[Tensor]) -> Callable[..., Tensor]:
+            if self._calibrated(product) and x not in grams:
+                grams.clear()  # only neighbours share an input
+                grams[x] = _second_moments(inputs)
+            weight = self._replace(edit, product, grams[x] if self._calibrated(product) else None)
+            return lambda x, _, *bias: torch.nn.functional.linear(x, weight, *bias)
+
+        return change
 
     # ---- one matrix
 
-    def _quantize(self, weight: Tensor, product: _Product, gram: Tensor | None) -> tuple[Stored, LowRank | None]:
-        rounding = gram if self.rounding == "gptq" else None
+    def _replace(self, edit: Editor, product: _Product, gram: Tensor | None) -> Tensor:
+        """Quantise one product in the graph; gives the matrix [N,K] that it multiplies with now."""
+        stored, split = self._quantize(edit.program.params[product.name], product, gram)
+        self._exchange(edit, product.node, stored, split)
+        return stored.weight if split is None else stored.weight + split.left.float() @ split.right.float()
 
-        def stored(value: Tensor) -> Stored:
+    def _quantize(self, weight: Tensor, product: _Product, gram: Tensor | None) -> tuple[Stored, LowRank | None]:
+        rounding, importance = gram if self.rounding == "gptq" else None, self._importance(weight, gram)
+
+        def stored(value: Tensor, rounding: Tensor | None = None) -> Stored:
             if product.form.startswith("codebook"):
                 weights = gram if self.weigh or self.learn else None
                 return tabled(learned(value, int(product.form[-1]), product.block, self.tables, weights, self.learn, rounding))
-            return store(value, product.form, product.block, rounding)
+            return store(value, product.form, product.block, rounding, importance)
 
         if not self.low_rank or product.form == "int8":
-            return stored(weight), None
+            return stored(weight, rounding), None
         rank = min(self.low_rank, *weight.shape)
-        split = decompose(weight, rank, stored, _columns(gram) if self.weigh else None)
+        split = decompose(weight, rank, stored, _columns(gram) if self.weigh else None, product.rows)
+        if rounding is not None:  # once, for the factors that are kept
+            split = replace(split, stored=stored(weight - split.left.float() @ split.right.float(), rounding))
         return split.stored, split
 
-    def _replace(self, edit: Editor, node: Node, stored: Stored, split: LowRank | None = None) -> None:
+    def _importance(self, weight: Tensor, gram: Tensor | None) -> Tensor | None:
+        """By what the search of scales weighs errors, [K]; None where scales are peaks."""
+        if self.scales == "peak":
+            return None
+        if gram is None:
+            return torch.ones(weight.shape[1])
+        return gram.diagonal().clamp(min=float(gram.diagonal().mean()) * 1e-3)  # a channel that calibration hardly saw counts, too
+
+    def _exchange(self, edit: Editor, node: Node, stored: Stored, split: LowRank | None = None) -> None:
         old = edit[node]
         x, name = old.args[0], str(old.args[1].target)
         bias = old.args[2] if len(old.args) > 2 else None
@@ -253,16 +288,25 @@ class QuantizeWeights(Pass):
                 )
 
 
+def _second_moments(inputs: Sequence[Tensor]) -> Tensor:
+    gram = Gram32()
+    for x in inputs:
+        gram.add(x)
+    return second_moments(gram)
+
+
 def _columns(gram: Tensor | None) -> Tensor | None:
     """Root mean square of every input channel."""
     return None if gram is None else gram.diagonal().sqrt()
 
 
-def _cost(weight: Tensor, bits: int, block: int, columns: Tensor | None) -> float:
-    """Squared error of a NormalFloat, weighed by input, estimated on evenly spread rows."""
-    rows = weight[:: max(1, len(weight) // _SAMPLE)]
-    error = rows - store(rows, f"nf{bits}", block).weight  # type: ignore[arg-type]
-    return float((error if columns is None else error * columns).pow(2).sum()) * len(weight) / len(rows)
+def _cost(weight: Tensor, bits: int, block: int, columns: Tensor | None, rows: Tensor | None) -> float:
+    """Squared error of a NormalFloat, weighed by input and output, estimated on evenly spread rows."""
+    some = slice(None, None, max(1, len(weight) // _SAMPLE))
+    error = weight[some] - store(weight[some], f"nf{bits}", block).weight  # type: ignore[arg-type]
+    error = error if columns is None else error * columns
+    error = error if rows is None else error * rows[some, None]
+    return float(error.pow(2).sum()) * len(weight) / len(error)
 
 
 def _check_finite(weight: Tensor, node: Node) -> None:

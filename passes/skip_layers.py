@@ -60,6 +60,9 @@ class SkipLayers(Pass):
         if whole.union(self.attention) == set(blocks):
             what = "decoder layers" if whole == set(blocks) else "attentions"
             raise CompileError("pass-refused", f"all {what} are skipped", where=f"pass {self.key}", fix="leave at least one")
+        if any(c.pass_name == "slice" and c.notes[-1].endswith("layer") for c in program.history):
+            message = "each sublayer has a basis of its own since `slice`, so what goes in cannot stand for what comes out"
+            raise CompileError("pass-refused", message, where=f"pass {self.key}", fix="skip layers first, or use `bases: one`")
         edit = program.edit(self.key)
         moved: dict[Node, Node] = {}  # a node that is gone, and what its readers read now
         for unit in self._units(program, whole):

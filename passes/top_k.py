@@ -1,6 +1,6 @@
 """Output the k most likely tokens of each row.
 
-Matches   the output `logits`        Produces  the output `top_ids` [B,R,k] int64, most likely first
+Matches   the output `logits`        Produces  the outputs `top_ids` [B,R,k] int64, most likely first, and `top_logits` [B,R,k]
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from planc.runtime.errors import CompileError
 
 
 class TopK(Pass):
-    """Add the output `top_ids`, so that drafters read k ids instead of all logits."""
+    """Add the outputs `top_ids` and `top_logits`, so that drafters read k ids and how likely they are instead of all logits."""
 
     stage: ClassVar[Stage] = Stage.OUTPUTS
     k: int = Field(default=8, ge=1)
 
     @property
     def effect(self) -> Effect:
-        """Only adds an output."""
+        """Only adds outputs."""
         return EXACT
 
     def apply(self, program: Program, context: Context) -> Program:
@@ -40,5 +40,5 @@ class TopK(Pass):
         with edit.after(logits):
             both = edit.call(torch.ops.aten.topk.default, logits, self.k)
         with edit.after(both):
-            edit.outputs(top_ids=edit.call(operator.getitem, both, 1))
+            edit.outputs(top_ids=edit.call(operator.getitem, both, 1), top_logits=edit.call(operator.getitem, both, 0))
         return edit.done(1, 1)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
+from planc.runtime.context import DraftAttention
 from planc.runtime.drafters import DrafterPart
 from planc.runtime.errors import PlanError
 from planc.runtime.masked import (
@@ -235,6 +236,7 @@ class Decode(_Section):
     speculative: Speculative | None = None
     batching: Batching | None = None
     masked: Masked | None = Field(None, description="for models that fill masked slots in place of writing from left to right")
+    context: DraftAttention | None = Field(None, description="lossy: shorten prompts to what the draft model attends to (papers/87)")
 
     @model_validator(mode="after")
     def _one_loop(self) -> Decode:
@@ -254,6 +256,19 @@ class Decode(_Section):
                 self.masked.check(self.max_new_tokens)
             except PlanError as error:
                 raise _conflict(error.message, error.fix or "") from error
+        return self
+
+    @model_validator(mode="after")
+    def _draft_reads(self) -> Decode:
+        drafters = self.speculative.drafter if self.speculative is not None else ()
+        if self.context is None:
+            return self
+        if not any(part.key == "draft_model" for part in drafters):
+            raise _conflict("`context` asks a draft model what matters, and the plan has none", "add the drafter draft_model")
+        if any(getattr(part, "fuzzy", ()) for part in drafters):
+            raise _conflict("`context` asks the draft model's cache, which its `fuzzy` form would share", "remove `fuzzy` or `context`")
+        if self.batching is not None:
+            raise _conflict("`context` reads prompts before they are served, one by one", "remove `batching` or `context`")
         return self
 
     def same_text(self, temperature: float | None = None) -> bool:

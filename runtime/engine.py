@@ -16,6 +16,7 @@ Ints = NDArray[np.int64]
 Floats = NDArray[np.float32]
 
 CHAIN = None  #: `Step.parents` of a plain chain
+NEVER = 1 << 30  #: `Cache.horizon` where nothing changes
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Step:
     counts: Ints | None = None  # [B] rows of each sequence before its padding, which an engine may leave out; None: all R
     least: int = 1  # rows that no kernel may be given fewer than, because fewer would round differently
     firsts: Ints | None = None  # [B] first row with outputs of each sequence, with which its outputs begin; of ragged engines only
+    states: Floats | None = None  # [B, R, K] what a draft head reads beside the tokens; None: zeros
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class Outputs:
     argmax: Ints | None = None  # [B, R'] lowest id on ties
     logits: Floats | None = None  # [B, R', V]
     top_ids: Ints | None = None  # [B, R', K] descending by logit
+    top_logits: Floats | None = None  # [B, R', K] of these
     taps: dict[str, Floats] = field(default_factory=dict)  # name -> [B, R', ...]
 
 
@@ -51,23 +54,39 @@ class EngineSpec:
 
     vocab_size: int
     max_length: int  # longest sequence that positions allow
-    top_k: int = 0  # width of `top_ids`, 0 when the graph has none
+    top_k: int = 0  # width of `top_ids` and `top_logits`, 0 when the graph has none
     trees: bool = True  # `Step.parents` accepted
     taps: tuple[str, ...] = ()
+    guesses: int = 0  # tokens behind a prompt that its caches want guessed before they are sealed
     ragged: bool = False  # rows beyond `Step.counts` are left out of the pass, so that sequences may bring different numbers of them
 
 
 class Cache(Protocol):
-    """State of B sequences. `lengths[b]` slots of sequence b are committed; whatever lies beyond is scratch."""
+    """State of B sequences. `lengths[b]` tokens of sequence b are committed; whatever lies beyond is scratch.
+
+    What has a body here is what a cache without a policy does: nothing (`runtime/kv`).
+    """
 
     lengths: Ints  # [B]
     capacity: int  # slots per sequence
+    prompt_rows: int = 0  # last rows of a prompt whose outputs it wants
 
     def keep(self, sequence: int, rows: Ints) -> None:
         """Commit `rows` (ascending) of the last step of `sequence`: their entries become slots length .. length + len(rows)."""
 
     def rollback(self, sequence: int, length: int) -> None:
         """Forget everything after the first `length` slots of `sequence`."""
+
+    def seal(self, sequence: int, guessed: int = 0) -> None:
+        """The prompt of `sequence` is complete. The first `guessed` rows of the last pass, not committed, are a guess of what follows."""
+        return
+
+    def horizon(self, sequence: int) -> int:
+        """Commits until what a row of `sequence` sees changes otherwise than by that row, that commit included.
+
+        A pass of at most so many rows gives every row what it would see if tokens came one by one.
+        """
+        return NEVER
 
     def bytes(self) -> int:
         """Bytes that the cache holds in memory."""

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from planc.runtime.artifact import Manifest, sha256, write_artifact
 from planc.runtime.contract import LEVELS, Contract, Exactness
 from planc.runtime.controller import Controller, linear_cost
-from planc.runtime.decode import Batching, Decode
+from planc.runtime.decode import Batching, Decode, Tree
 from planc.runtime.drafters import Drafter, Host, Loaded
 from planc.runtime.engine import Cache, Engine
 from planc.runtime.errors import ArtifactError, InputError
@@ -269,6 +269,10 @@ class Executable:
         """
         from planc.runtime.server import Server
 
+        if self.decode.context is not None:
+            raise InputError(
+                "input-invalid", "a server does not shorten prompts, as `context` asks", fix="use generate, or remove `context`"
+            )
         for name, value in (("max_batch", max_batch), ("capacity", capacity)):
             if value is not None and value < 1:
                 raise InputError("input-invalid", f"{name} must be at least 1, not {value}")
@@ -285,7 +289,10 @@ class Executable:
 
     def plain(self) -> Executable:
         """The same without speculation and with the same minimum of rows: the reference for speed and for equal tokens."""
-        decode = self.decode.model_copy(update={"speculative": None, "min_rows": self.min_rows})
+        speculative = None
+        if self.engine.spec.guesses and self.decode.speculative is not None:  # the drafters still say what follows a prompt
+            speculative = self.decode.speculative.model_copy(update={"tree": Tree(budget=0)})
+        decode = self.decode.model_copy(update={"speculative": speculative, "min_rows": self.min_rows})
         return Executable(self.engine, self.text, decode, self.contract, self.manifest, self.directory, self.models)
 
     def save(self, directory: str | Path) -> Path:
@@ -366,10 +373,13 @@ class Executable:
             raise InputError("input-invalid", f"{name}: {first['msg']} (got {first['input']!r})") from error
         if checked.stop and self.text.tokenizer is None:
             raise InputError("tokenizer-missing", "stop strings need a tokenizer", fix="leave `stop` out, or compile with a tokenizer")
-        return checked.model_copy(update={"speculative": self.decode.speculative})
+        return checked.model_copy(update={"speculative": self.decode.speculative, "context": self.decode.context})
 
     def _stream(self, prompts: list[list[int]], decode: Decode) -> Iterator[Chunk]:
         """Check that every prompt fits, then run them in groups."""
+        if decode.context is not None:
+            (draft,) = self.models.values()
+            prompts = [decode.context.shortened(draft.engine, prompt) for prompt in prompts]
         for prompt in prompts:
             if len(prompt) > self.capacity - self.min_rows:
                 raise InputError(

@@ -130,6 +130,15 @@ def progress_bar(title: str, console: Console | None = None) -> Iterator[Progres
         yield show
 
 
+@contextmanager
+def titled_bar(console: Console | None = None) -> Iterator[Callable[[str, int, int], None]]:
+    """The same for work in several stages: (what is being done, done, total)."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeRemainingColumn())
+    with Progress(*columns, console=console or Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=100)
+        yield lambda what, done, total: bar.update(task, description=what, completed=done, total=total)
+
+
 def cost_rows(table: CostTable) -> Table:
     """The cost table for people: one line per past length (and batch, if there are several), a column per number of rows."""
     shown = Table(title="milliseconds of a pass, by rows per sequence", title_justify="left", box=box.SIMPLE, pad_edge=False)

@@ -42,6 +42,17 @@ def ancestors_of(step: Step) -> NDArray[np.bool_]:
     return sees
 
 
+def bias_name(window: int, group: int = 0) -> str:
+    """Name of the mask input of layers with this window (0: unlimited) and rows as in this group of states."""
+    return f"bias.{window}.{group}" if group else f"bias.{window}" if window else "bias"
+
+
+def bias_of(name: str) -> tuple[int, int]:
+    """Window and group of a mask input."""
+    _, window, group = (*name.split("."), "0", "0")[:3]
+    return int(window), int(group)
+
+
 def key_bias(lengths: Ints, step: Step, window: int = 0) -> Floats:
     """Additive mask [B,1,R,T], T = longest length + R: 0 where a row sees a key, the lowest float32 elsewhere. A window counts positions."""
     batch, rows = step.tokens.shape
@@ -57,3 +68,10 @@ def key_bias(lengths: Ints, step: Step, window: int = 0) -> Floats:
             seen = seen & (positions[b][None] > positions[b][:, None] - window)
         hidden[b, :, length : length + rows] = ~seen
     return np.where(hidden, MASKED, np.float32(0))[:, None]
+
+
+def states_of(step: Step, width: int) -> Floats:
+    """The states of the rows [B,R,width] float32; zeros where the step has none."""
+    if step.states is None:
+        return np.zeros((*step.tokens.shape, width), dtype=np.float32)
+    return np.ascontiguousarray(step.states, dtype=np.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes.util
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
     from planc.compiler.models import LoadedModel
 
 ROOT = Path(__file__).resolve().parent.parent
+
+if ctypes.util.find_library("cuda") is None:
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when triton is imported, which transformers does; see backends/test_triton_kernels.py
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -13,7 +13,7 @@ import transformers
 import yaml
 from torch import Tensor, nn
 
-from planc.backends.onnx.artifact import signature
+from planc.backends.onnx.artifact import policy_of, signature
 from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.lanes import write_lanes
 from planc.backends.onnx.lower import lower
@@ -193,7 +193,9 @@ def onnx_engine(
 ) -> OnnxEngine:
     """The ONNX engine of a program with all decoding passes."""
     lower(program, directory, ops=ops, positions=MAX_LENGTH)
-    batches = ops == "standard" or all(state.split for state in program.states)
+    batches = program.policy is None and (ops == "standard" or all(state.split for state in program.states))
     written = write_lanes(directory, lanes) if lanes else 0
-    manifest = Manifest(planc="0", signature=signature(program, MAX_LENGTH), extra={"batches": batches, "lanes": written})
+    manifest = Manifest(
+        planc="0", signature=signature(program, MAX_LENGTH), extra={"batches": batches, "lanes": written, **policy_of(program)}
+    )
     return OnnxEngine(directory, manifest, threads)

@@ -12,6 +12,7 @@ from planc.backends.onnx.engine import OnnxEngine
 from planc.backends.onnx.genai import write_genai
 from planc.backends.onnx.lanes import write_lanes
 from planc.backends.onnx.lower import lower, lower_gated
+from planc.backends.reference import layers_of
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
 from planc.runtime.contract import Contract
@@ -50,7 +51,7 @@ def write_onnx(
             eos_ids=planned.model.eos_ids,
             extra={
                 "lanes": write_lanes(target, plan.decode.batching.sequences) if plan.decode.batching else 0,
-                "batches": plan.target.ops == "standard" or all(s.split for s in program.states),
+                "batches": program.policy is None and (plan.target.ops == "standard" or all(s.split for s in program.states)),
                 **extra,
                 **write_genai(planned, target, capacity),
             },
@@ -68,7 +69,15 @@ def _lower(planned: Planned, target: Path, capacity: int) -> dict[str, Any]:
     if any(isinstance(part, SelfSkip) for part in drafters):
         return {"units": lower_gated(program, target, ops=plan.target.ops, positions=capacity)}
     lower(program, target, ops=plan.target.ops, positions=capacity)
-    return {}
+    return policy_of(program)
+
+
+def policy_of(program: Program) -> dict[str, Any]:
+    """What the manifest has to say of the cache's policy, if it has one."""
+    if program.policy is None:
+        return {}
+    layers = [layer.model_dump(mode="json") for layer in layers_of(program)]
+    return {"kv": {"policy": program.policy.model_dump(mode="json", exclude_defaults=True), "layers": layers}}
 
 
 def signature(program: Program, capacity: int) -> Signature:

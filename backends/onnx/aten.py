@@ -136,6 +136,18 @@ def _linear(b: Builder, n: Node) -> str:
     return product if bias is None else b.op("Add", product, bias)
 
 
+@lowers(OPS.block_diagonal.default)
+def _block_diagonal(b: Builder, n: Node) -> str:
+    """One small product per block, with the blocks as a batch."""
+    x, blocks = n.args
+    count, outputs, inputs = map(int, blocks.meta["val"].shape)
+    lead = x.meta["val"].dim() - 1
+    swapped = [*range(lead - 1), lead, lead - 1, lead + 1]  # the last axis in front and that of the blocks
+    cut = b.op("Transpose", b.op("Reshape", x, b.const([0] * lead + [count, inputs], np.int64)), perm=swapped)
+    product = b.op("MatMul", cut, b.param(str(blocks.target), lambda w: w.transpose(0, 2, 1), ".T"))
+    return b.op("Reshape", b.op("Transpose", product, perm=swapped), b.const([0] * lead + [count * outputs], np.int64))
+
+
 @lowers(aten.addmm.default)
 def _addmm(b: Builder, n: Node) -> str:
     return b.op("Gemm", n.args[1], n.args[2], n.args[0])

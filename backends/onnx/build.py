@@ -186,6 +186,7 @@ def onnx_dtype(dtype: torch.dtype) -> int:
             torch.bool: TensorProto.BOOL,
             torch.int8: TensorProto.INT8,
             torch.uint8: TensorProto.UINT8,
+            torch.bfloat16: TensorProto.BFLOAT16,
         }[dtype]
     )
 

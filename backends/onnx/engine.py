@@ -19,9 +19,13 @@ from planc.backends.onnx.packed import LANES_FILE, Lanes
 from planc.runtime.artifact import Manifest
 from planc.runtime.engine import Cache, EngineSpec, Ints, Outputs, Step
 from planc.runtime.errors import ArtifactError
-from planc.runtime.rows import key_bias, positions_of
+from planc.runtime.kv import KvPolicy, LayerSpec, PolicyCache
+from planc.runtime.rows import bias_of, key_bias, positions_of, states_of
 
 Gates = NDArray[np.bool_]
+
+_ROWWISE = ("argmax", "logits", "top_ids", "top_logits")  # outputs that every row has, as `Outputs` names and orders them
+_BFLOAT16 = 16  # ONNX's number of the type, which numpy does not have
 
 _TYPES = {
     "tensor(float)": np.float32,
@@ -32,7 +36,7 @@ _TYPES = {
 }
 
 
-class OnnxCache:
+class OnnxCache(Cache):
     """Keys and values of B sequences, [B, heads, capacity, width] per tensor; the graph writes into these buffers."""
 
     def __init__(self, engine: OnnxEngine, batch: int, capacity: int) -> None:
@@ -103,13 +107,19 @@ class OnnxEngine:
         self.coded = read_coded(directory)
         self.session = self._session(file)
         self.lane_count = int(manifest.extra.get("lanes", 0))
-        self.spec: EngineSpec = replace(manifest.signature.spec(), ragged=self.lane_count > 0)
+        kv = manifest.extra.get("kv")
+        self.policy = KvPolicy.model_validate(kv["policy"]) if kv else None
+        self.layers = tuple(LayerSpec.model_validate(layer) for layer in kv["layers"]) if kv else ()
+        guesses = self.policy.guesses if self.policy is not None else 0
+        self.spec: EngineSpec = replace(manifest.signature.spec(), ragged=self.lane_count > 0, guesses=guesses)
         inputs = {i.name: i for i in self.session.get_inputs()}
         self.states = {n: (i.shape, _TYPES[i.type]) for n, i in inputs.items() if n.startswith("past.")}
         self.inputs = [n for n in inputs if n not in self.states]
-        self.biases = {n: int(n.partition(".")[2] or 0) for n in self.inputs if n.startswith("bias")}
+        self.biases = {n: bias_of(n)[0] for n in self.inputs if n.startswith("bias")}
+        self.state_width = int(inputs["states"].shape[-1]) if "states" in inputs else 0
         outputs = {o.name: o for o in self.session.get_outputs()}
         self.outputs = {n: (o.shape, _TYPES[o.type]) for n, o in outputs.items() if not n.startswith("present.")}
+        self.queries = tuple(n for n in outputs if n.startswith("query."))
         self.batches = bool(manifest.extra.get("batches", False))
         self._skipping: OnnxSkipEngine | None = None
         self.most_rows = manifest.signature.capacity  # RotaryEmbedding takes no more rows than its tables have positions
@@ -137,17 +147,19 @@ class OnnxEngine:
         """The graph for batches, loaded when the first one comes: it holds the weights a second time."""
         return Lanes(self._session(LANES_FILE), self.lane_count, self.outputs, self.biases, self.states)
 
-    def new_cache(self, batch: int, capacity: int) -> OnnxCache:
+    def new_cache(self, batch: int, capacity: int) -> OnnxCache | PolicyCache:
         """See the engine contract."""
+        if self.policy is not None:
+            return PolicyCache(self.policy, self.layers, batch, capacity)
         return OnnxCache(self, batch, capacity)
 
     def forward(self, cache: Cache, step: Step, *, logits: bool = False, top_k: bool = False) -> Outputs:
         """See the engine contract. Without lanes fused attention takes several rows of one sequence only: a batch goes through one by one."""
-        assert isinstance(cache, OnnxCache)
+        assert isinstance(cache, OnnxCache | PolicyCache)
         which = np.arange(len(cache.lengths)) if step.sequences is None else step.sequences
         parts = [
             self._pack(cache, which[part], _part(step, part), logits, top_k)
-            if self.lane_count and part.stop - part.start > 1
+            if isinstance(cache, OnnxCache) and self.lane_count and part.stop - part.start > 1
             else self._run(
                 cache, slice(int(which[part.start]), int(which[part.stop - 1]) + 1), self._unpadded(_part(step, part)), logits, top_k
             )
@@ -156,7 +168,7 @@ class OnnxEngine:
         if len(parts) == 1:
             return parts[0]
         taps = {n: _stack([p.taps[n] for p in parts]) for n in self.spec.taps}
-        return Outputs(_join(parts, "argmax"), _join(parts, "logits"), _join(parts, "top_ids"), taps)
+        return Outputs(**{name: _join(parts, name) for name in _ROWWISE}, taps=taps)
 
     def skipping(self) -> OnnxSkipEngine:
         """The same target with sublayers that can be left out; opened at the first call, where the artifact has the graph."""
@@ -185,46 +197,66 @@ class OnnxEngine:
     def _pack(self, cache: OnnxCache, which: Ints, step: Step, logits: bool, top_k: bool) -> Outputs:
         names = self._wanted(logits, top_k)
         out = self.lanes.run(cache.state, cache.packed, cache.buffers, which, cache.lengths[which], step, names)
-        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), {n: out[n] for n in self.spec.taps})
+        return self._outputs(out)
 
-    def _run(self, cache: OnnxCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None) -> Outputs:
-        key = (self.session, part.start, part.stop, logits, top_k)
-        if key not in cache.bindings:
-            cache.bindings[key] = self._bind_state(cache, part)
-        binding = cache.bindings[key]
-        feeds = dict(self._feeds(cache.lengths[part], step, gates))  # kept alive until the pass is over
+    def _run(
+        self, cache: OnnxCache | PolicyCache, part: slice, step: Step, logits: bool, top_k: bool, gates: Gates | None = None
+    ) -> Outputs:
+        binding = self._binding(cache, part, step, (self.session, part.start, part.stop, logits, top_k))
+        feeds = dict(self._feeds(cache, part, step, gates))  # kept alive until the pass is over
         for name, array in feeds.items():
-            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        out = {name: self._buffer(cache, binding, part.start, name, step) for name in self._wanted(logits, top_k)}
+            kind = _BFLOAT16 if array.dtype == np.uint16 else array.dtype
+            binding.bind_input(name, "cpu", 0, kind, array.shape, array.ctypes.data)
+        names = [*self._wanted(logits, top_k), *(self.queries if isinstance(cache, PolicyCache) else ())]
+        out = {name: self._buffer(cache, binding, part.start, name, step) for name in names}
         self.session.run_with_iobinding(binding)
-        taps = {n: out[n] for n in self.spec.taps}
-        return Outputs(out.get("argmax"), out.get("logits") if logits else None, out.get("top_ids"), taps)
+        if isinstance(cache, PolicyCache):
+            cache.observe(part.start, 0, {f"past.{name.partition('.')[2]}": out[name][0] for name in self.queries})
+        return self._outputs(out)
 
-    def _feeds(self, lengths: Ints, step: Step, gates: Gates | None) -> Iterator[tuple[str, np.ndarray]]:
+    def _binding(self, cache: OnnxCache | PolicyCache, part: slice, step: Step, key: Any) -> Any:
+        """The binding of the memory that a pass works on, made again where that has moved."""
+        version = 0
+        if isinstance(cache, PolicyCache):
+            cache.reserve(part.start, step.tokens.shape[1])
+            version = cache.version[part.start]
+        if key not in cache.bindings or cache.bindings[key][0] != version:
+            cache.bindings[key] = version, self._bind_state(cache, part)
+        return cache.bindings[key][1]
+
+    def _feeds(self, cache: OnnxCache | PolicyCache, part: slice, step: Step, gates: Gates | None) -> Iterator[tuple[str, np.ndarray]]:
+        lengths = cache.lengths[part]
+        if isinstance(cache, PolicyCache):
+            yield from cache.stored(part.start).items()
         for name in self.inputs:
             if name == "input_ids":
                 yield name, np.ascontiguousarray(step.tokens, dtype=np.int64)
             elif name == "position_ids":
                 yield name, np.ascontiguousarray(positions_of(lengths, step))
-            elif name == "lengths":
-                yield name, lengths.copy()
+            elif name.startswith("lengths"):
+                yield name, _rows_of(cache, part, int(name.partition(".")[2] or 0))
             elif name == "gates":
                 assert gates is not None
                 yield name, np.ascontiguousarray(gates, dtype=np.bool_)
+            elif name == "states":
+                yield name, states_of(step, self.state_width)
             elif name == "logits_from":
                 yield name, np.array([step.logits_from], dtype=np.int64)
-            else:
-                yield name, np.ascontiguousarray(key_bias(lengths, step, self.biases[name]))
+            elif name in self.biases:
+                yield name, np.ascontiguousarray(key_bias(_rows_of(cache, part, bias_of(name)[1]), step, self.biases[name]))
+
+    def _outputs(self, out: Mapping[str, np.ndarray]) -> Outputs:
+        return Outputs(**{name: out.get(name) for name in _ROWWISE}, taps={name: out[name] for name in self.spec.taps})
 
     def _wanted(self, logits: bool, top_k: bool) -> list[str]:
-        wanted = ["argmax"] + (["logits"] if logits else []) + (["top_ids"] if top_k else [])
+        wanted = ["argmax"] + (["logits"] if logits else []) + (["top_ids", "top_logits"] if top_k else [])
         return [n for n in (*wanted, *self.spec.taps) if n in self.outputs]
 
-    def _buffer(self, cache: OnnxCache, binding: Any, sequence: int, name: str, step: Step) -> np.ndarray:
+    def _buffer(self, cache: OnnxCache | PolicyCache, binding: Any, sequence: int, name: str, step: Step) -> np.ndarray:
         """An output buffer of the right shape, bound; grown when needed, a view of the old one otherwise."""
         shape, dtype = self.outputs[name]
         batch, rows = step.tokens.shape
-        rows = rows if name.startswith("tap") else rows - step.logits_from
+        rows = rows if name.startswith(("tap", "query")) else rows - step.logits_from
         full = (batch, rows, *shape[2:])
         count = int(np.prod(full))
         key = (sequence, name)
@@ -234,11 +266,14 @@ class OnnxEngine:
         binding.bind_output(name, "cpu", 0, dtype, full, array.ctypes.data)
         return array
 
-    def _bind_state(self, cache: OnnxCache, part: slice) -> Any:
+    def _bind_state(self, cache: OnnxCache | PolicyCache, part: slice) -> Any:
         """Past and present of each layer are the same buffer."""
         binding = self.session.io_binding()
-        for name, whole in cache.seen_by(self.states).items():
-            array = whole[part]
+        if isinstance(cache, PolicyCache):
+            arrays = cache.tensors(part.start)
+        else:
+            arrays = {name: whole[part] for name, whole in cache.seen_by(self.states).items()}
+        for name, array in arrays.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
             binding.bind_output(f"present.{name.partition('.')[2]}", "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         return binding
@@ -283,6 +318,13 @@ class OnnxSkipEngine:
                 tensor[sequence, :, window] = before[name]
         assert outputs.argmax is not None
         return outputs.argmax[0].copy()
+
+
+def _rows_of(cache: OnnxCache | PolicyCache, part: slice, group: int) -> Ints:
+    """Rows [B] that layers of a group of states read."""
+    if isinstance(cache, PolicyCache):
+        return np.array([cache.rows(part.start, group)], dtype=np.int64)
+    return cache.lengths[part].copy()
 
 
 def _part(step: Step, part: slice) -> Step:

@@ -10,6 +10,7 @@ from torch.fx import Node
 from planc.backends.onnx.aten import TABLE as ATEN
 from planc.backends.onnx.build import Builder, Lowering
 from planc.backends.onnx.spatial import TABLE as SPATIAL
+from planc.backends.onnx.stored import TABLE as STORED
 from planc.compiler.dialect import MASKED, OPS
 
 aten = torch.ops.aten
@@ -119,6 +120,29 @@ def _cached_attention(b: Builder, n: Node) -> tuple[str, str, str]:
     return _attend(b, n, visible[0], visible[1], mask), states[0], states[1]
 
 
+def _stored_attention(b: Builder, n: Node) -> tuple[str, str, str]:
+    """Stored rows come before the others, and nothing hides them."""
+    q, k, v, past_k, past_v, lengths, stored_k, stored_v, bias, _, window, _ = n.args
+    rows = b.size(q.meta["val"].shape[1])
+    slots = b.once(
+        ("slots", lengths),
+        lambda: b.op("Add", b.op("Unsqueeze", lengths, b.const([1], np.int64)), b.op("Unsqueeze", _range(b, rows), b.const([0], np.int64))),
+    )
+    total = b.once(("total", lengths), lambda: b.op("Add", b.op("ReduceMax", lengths, keepdims=1), rows))
+    mask = b.once(("mask", lengths, window, bias), lambda: _mask(b, _range(b, total), slots, window, bias))
+    shown = b.once(("stored mask", mask), lambda: _before(b, mask, b.op("Shape", stored_k, start=2, end=3), rows))
+    states = [_write(b, past, new, slots) for past, new in ((past_k, k), (past_v, v))]
+    visible = [b.op("Slice", s, b.const([0], np.int64), total, b.const([2], np.int64)) for s in states]
+    joined = [b.op("Concat", stored, own, axis=2) for stored, own in zip((stored_k, stored_v), visible, strict=True)]
+    return _attend(b, n, joined[0], joined[1], shown), states[0], states[1]
+
+
+def _before(b: Builder, mask: str, stored: str, rows: str) -> str:
+    """The mask with a zero in front for every stored row."""
+    shape = b.op("Concat", b.const([1, 1], np.int64), rows, stored, axis=0)
+    return b.op("Concat", b.op("Expand", b.const(0.0), shape), mask, axis=3)
+
+
 def _mask(b: Builder, seen: str, slots: str, window: int, bias: Node | None) -> str:
     hidden = _hidden(b, seen, slots, 0 if bias is not None else window)
     return hidden if bias is None else b.op("Add", hidden, bias)
@@ -164,12 +188,14 @@ def _rows_from(b: Builder, n: Node) -> str:
 TABLE: dict[object, Lowering] = {
     **ATEN,
     **SPATIAL,
+    **STORED,
     OPS.rms_norm.default: _rms_norm,
     OPS.rope_table.default: _rope_table,
     OPS.rope.default: _rope,
     OPS.glu.default: _glu,
     OPS.attention.default: _attention,
     OPS.cached_attention.default: _cached_attention,
+    OPS.stored_attention.default: _stored_attention,
     OPS.rows_from.default: _rows_from,
     OPS.segment_bias.default: _segment_bias,
     OPS.slot_write.default: _slot_write,

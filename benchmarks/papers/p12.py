@@ -1,13 +1,12 @@
 """Paper 12, DySpec: the five working conditions of its card, on SmolLM2-135M with the distilled draft.
 
 Tokens per pass of greedy text do not need the target again: the text that it wrote says which guesses of a tree are right. So builders are
-compared on the same texts at the cost of their draft passes alone (`_replay`).
+compared on the same texts at the cost of their draft passes alone (`replay`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -15,16 +14,14 @@ import numpy as np
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.store import open_plan
 from planc.runtime.acceptance import RULES, Target, walk
-from planc.runtime.builders import BuilderPart, Chain, Dynamic, Source, Static
+from planc.runtime.builders import BuilderPart, Chain, Dynamic, Static
 from planc.runtime.contract import CostTable
 from planc.runtime.decode import Sampling, Speculative, Tree
 from planc.runtime.drafters import Context, DraftModel, Loaded
-from planc.runtime.drafters.model_source import ModelSource
-from planc.runtime.engine import Floats
 from planc.runtime.executable import Executable, Generation
 from planc.runtime.sampling import Drawing, Sampler, probabilities
 from planc.runtime.trees import Draft, Rates
-from planc_paper_checks.common import MIXED, MODEL, TableSource, chats
+from planc_paper_checks.common import MIXED, MODEL, TableSource, chats, replay
 
 PLAN = ROOT / "examples/papers/12-dyspec.yaml"
 TOKENS = 64
@@ -101,77 +98,19 @@ def _chi_square(builder: BuilderPart, seed: int) -> float:
 # ---- 2. to 4. on texts that the target wrote ----------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Played:
-    """What a builder did on the texts, round by round."""
-
-    tokens: list[int] = field(default_factory=list)  # committed
-    predicted: list[float] = field(default_factory=list)  # 1 + sum of the values of all guesses
-    guesses: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
-    calls: list[int] = field(default_factory=list)  # of the draft model
-
-    @property
-    def per_pass(self) -> float:
-        """Tokens per pass of the target."""
-        return float(np.mean(self.tokens))
-
-
-class _Counted:
-    """A source that counts its calls."""
-
-    def __init__(self, source: Source) -> None:
-        self.source, self.calls = source, 0
-
-    def begin(self, tokens: Sequence[int]) -> Floats:
-        self.calls += 1
-        return self.source.begin(tokens)
-
-    def expand(self, draft: Draft, rows: Sequence[int]) -> Floats:
-        self.calls += 1
-        return self.source.expand(draft, rows)
-
-
-def _replay(
-    model: Loaded, builder: BuilderPart, texts: list[tuple[list[int], list[int]]], budget: int, rates: Rates | None = None
-) -> _Played:
-    """Draft along texts of the target as its loop would, the first one to learn acceptance rates from where there are none yet."""
-    played, rates = _Played(), rates or Rates()
-    source = _Counted(ModelSource(model, max(len(prompt) + len(answer) for prompt, answer in texts) + budget))
-    for index, (prompt, answer) in enumerate(texts):
-        done = 1
-        while done < len(answer):
-            source.calls, draft = 0, Draft(answer[done - 1], rates)
-            builder.grow(source, Context(0, [*prompt, *answer[:done]], budget, 16), draft, KEY)
-            row: int | None = 0
-            taken = 0
-            while row is not None and done + taken < len(answer):
-                row = draft.children[row].get(answer[done + taken])
-                taken += 1
-            if index and done + budget < len(answer):  # what the end of the text cuts short says nothing
-                played.tokens.append(taken)
-                played.predicted.append(sum(draft.reach()))
-                played.guesses.append(len(draft) - 1)
-                played.depths.append(max(draft.depths))
-                played.calls.append(source.calls)
-            rates.learn(draft, answer[done : done + taken])
-            done += taken
-    return played
-
-
 Texts = list[tuple[list[int], list[int]]]
 
 
 def _against_static(model: Loaded, texts: Texts) -> Item:
     rates = Rates()
-    _replay(model, Static(branching=4), texts[:6], 16, rates)  # acceptance by rank, from which the best static tree is computed
+    replay(model, Static(branching=4), texts[:6], 16, rates)  # acceptance by rank, from which the best static tree is computed
     figures: dict[str, Any] = {
-        "dynamic_16": _replay(model, Dynamic(threshold=0.0), texts, 16).per_pass,
-        "static_16": _replay(model, Static(branching=4), texts, 16, rates).per_pass,
-        "chain_16": _replay(model, Chain(), texts, 16).per_pass,
+        "dynamic_16": replay(model, Dynamic(threshold=0.0), texts, 16).per_pass,
+        "static_16": replay(model, Static(branching=4), texts, 16, rates).per_pass,
+        "chain_16": replay(model, Chain(), texts, 16).per_pass,
     }
     noise = 0.02
-    small = {m: [_replay(model, builder, texts, m).per_pass for builder in (Dynamic(threshold=0.0), Chain())] for m in (1, 2, 3, 4)}
+    small = {m: [replay(model, builder, texts, m).per_pass for builder in (Dynamic(threshold=0.0), Chain())] for m in (1, 2, 3, 4)}
     figures |= {f"dynamic_over_chain_{m}": tree / chain for m, (tree, chain) in small.items()}
     figures["over_static"] = figures["dynamic_16"] / figures["static_16"]
     passed = figures["over_static"] >= 1.05 and figures["dynamic_16"] > figures["chain_16"]
@@ -181,7 +120,7 @@ def _against_static(model: Loaded, texts: Texts) -> Item:
 
 
 def _calibration(model: Loaded, texts: Texts) -> Item:
-    played = _replay(model, Dynamic(threshold=0.0), texts, 16)
+    played = replay(model, Dynamic(threshold=0.0), texts, 16)
     correlation = float(np.corrcoef(played.predicted, played.tokens)[0, 1])
     ratio = float(np.mean(played.predicted)) / played.per_pass
     figures = {"rounds": len(played.tokens), "correlation": round(correlation, 4), "predicted_over_measured": round(ratio, 4)}
@@ -192,10 +131,10 @@ def _calibration(model: Loaded, texts: Texts) -> Item:
 
 def _thresholds(model: Loaded, texts: Texts) -> Item:
     """The budgeted variant at the mean size of the other, between the two whole sizes around it."""
-    leveled = _replay(model, Dynamic(), texts, 16)
+    leveled = replay(model, Dynamic(), texts, 16)
     size = float(np.mean(leveled.guesses))
     low = int(size)
-    below, above = (_replay(model, Dynamic(threshold=0.0), texts, max(1, n)).per_pass for n in (low, low + 1))
+    below, above = (replay(model, Dynamic(threshold=0.0), texts, max(1, n)).per_pass for n in (low, low + 1))
     budgeted = below + (size - low) * (above - below)
     extra = max(calls - depth for calls, depth in zip(leveled.calls, leveled.depths, strict=True))
     figures = {

@@ -8,12 +8,10 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field
 from torch.fx import Node
 
 import planc
@@ -21,7 +19,6 @@ from planc.backends.reference import run
 from planc.compiler.blocks import ATTENTIONS
 from planc.compiler.compile import Planned, text_of
 from planc.compiler.papers import ROOT, Item, paper
-from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.plan import Plan
 from planc.compiler.program import Program
 from planc.compiler.quality import read_windows
@@ -146,36 +143,13 @@ def _better(found: dict[object, float]) -> Item:
     return Item(3, "KL on held-out text >= 20 % below random, cosine, block influence and last-but-one layers", share <= 0.8, named)
 
 
-class MagnitudeLevels(Pass):
-    """The smallest weights of every output become zero, with a share per module: the database of condition 4."""
-
-    stage: ClassVar[Stage] = Stage.NUMERICS
-    sparsity: dict[str, float] = Field(default_factory=dict)
-
-    def apply(self, program: Program, context: Context) -> Program:
-        """Zero floor(share * K) weights of every row of the layers' products [N, K]."""
-        edit, done = program.edit(self.key), 0
-        for node in list(edit.graph.nodes):
-            if node.target is not torch.ops.aten.linear.default or ".layers." not in str(node.args[1].target):
-                continue
-            name = str(node.args[1].target)
-            path = name.partition(".weight")[0]
-            share = self.sparsity.get(path, self.sparsity.get("*", 0.0))
-            weight = edit.params[name].clone()
-            gone = weight.abs().argsort(dim=1, stable=True)[:, : int(share * weight.shape[1])]
-            with edit.before(node):
-                node.args = (node.args[0], edit.param(f"{path}.sparse.weight", weight.scatter_(1, gone, 0.0)), *node.args[2:])
-            done += 1
-        return edit.done(done, done)
-
-
 SPARSE = """
 planc: 1
-passes: [magnitude_levels: {}]
+passes: [prune: {score: magnitude, allocation: rows, sparsity: {}}]
 search:
-  space: [choose: {option: magnitude_levels.sparsity, levels: [0.5, 0.6, 0.7]}]
-  generations: 12
-  offspring: 12
+  space: [choose: {option: prune.sparsity, levels: [0.5, 0.6, 0.7]}]
+  generations: 8
+  offspring: 8
   selection: [{tokens: 256, survivors: 2}, {tokens: 1024, survivors: 1}]
   precision: bfloat16
 """
@@ -219,13 +193,13 @@ def _smaller(candidates: Candidates, best: Point) -> Item:
         caches = {name: engine.new_cache(1, 256) for name, engine in engines.items()}
         for name, engine in engines.items():
             fill_cache(engine, caches[name], np.zeros((1, 128), dtype=np.int64))
-        for turn in range(31):
+        for turn in range(81):
             for name, engine in engines.items():
                 begin = time.perf_counter()
                 engine.forward(caches[name], Step(np.array([[1]])))
                 if turn:
                     times[name].append((time.perf_counter() - begin) * 1e3)
-    ms = {name: float(np.median(values)) for name, values in times.items()}
+    ms = {name: float(np.quantile(values, 0.1)) for name, values in times.items()}  # what else the machine does only adds
     figures = {
         "nodes": {name: len(program.main.nodes) for name, program in programs.items()},
         "attentions": attentions,
@@ -233,5 +207,7 @@ def _smaller(candidates: Candidates, best: Point) -> Item:
         "ms": {name: round(value, 2) for name, value in ms.items()},
         "ms_ratio": round(ms["evolved"] / ms["whole"], 4),
     }
-    holds = attentions["evolved"] == attentions["whole"] - 4 and ms["evolved"] / ms["whole"] <= bytes_["evolved"] / bytes_["whole"] + 0.05
-    return Item(5, "dropped sublayers leave the graph; decode time falls as the bytes do, or more (5 points of noise)", holds, figures)
+    falls = (1 - ms["evolved"] / ms["whole"]) / (1 - bytes_["evolved"] / bytes_["whole"])
+    figures["time_saved_per_bytes_saved"] = round(falls, 3)
+    holds = attentions["evolved"] == attentions["whole"] - 4 and falls >= 0.9
+    return Item(5, "dropped sublayers leave the graph; decode time falls in proportion to the bytes (0.9)", holds, figures)

@@ -48,6 +48,7 @@ class _AcceptedOnly(RecyclingDrafter):
                 list(range(len(rows))),
                 verified.chosen,
                 None if verified.top_ids is None else verified.top_ids[rows],
+                None if verified.top_logits is None else verified.top_logits[rows],
             )
         )
 

@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from pathlib import Path
 from statistics import median
-from time import perf_counter
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 import planc
 from planc.backends.reference import execute, run
-from planc.compiler.compile import raised, text_of
+from planc.compiler.compile import raised
 from planc.compiler.groups import find_groups
 from planc.compiler.models import load_model
 from planc.compiler.papers import ROOT, Item, paper
 from planc.compiler.passbase import Context
 from planc.compiler.plan import Plan
 from planc.compiler.program import Program
-from planc.compiler.quality import perplexity, program_nll, read_windows
 from planc.passes.prune import Prune
 from planc.passes.realise import Realise
-from planc.runtime.engine import Engine, Step
+from planc_paper_checks.common import MODEL, pass_seconds, quality, wikitext
 
-MODEL = "smollm2-135m"
 PLAN = ROOT / "examples/papers/22-flap.yaml"
-TEXT = Path(os.environ.get("PLANC_DATA", ROOT.parent / "shared/data"), "wikitext2/valid.txt")
 SEQUENCES, LENGTH = 32, 128  # to calibrate on; as long as in the paper
-WINDOWS, WINDOW = 6, 512  # to measure on, from later in the text
+WINDOWS = 6  # of 512 tokens, to measure on, from later in the text
 
 FLAP = {"score": "fluctuation", "granularity": "units", "allocation": "everywhere", "repair": "mean_bias"}
 
@@ -40,15 +33,11 @@ FLAP = {"score": "fluctuation", "granularity": "units", "allocation": "everywher
 def flap() -> Iterator[Item]:
     """Every condition of the card, in its order."""
     loaded = load_model(MODEL)
-    program, encode = raised(loaded), text_of(loaded).encode
-    parts = read_windows(TEXT, encode, tokens=SEQUENCES * LENGTH + 2 * WINDOWS * WINDOW, window=LENGTH)
-    text = torch.tensor(parts[:SEQUENCES])
-    later = [token for part in parts[-WINDOWS * WINDOW // LENGTH :] for token in part]
-    windows = [later[start : start + WINDOW] for start in range(0, len(later), WINDOW)]
+    program = raised(loaded)
+    text, windows = wikitext(loaded, SEQUENCES, LENGTH, WINDOWS)
 
-    def quality(**options: object) -> float:
-        other = Prune.model_validate(options).apply(program, Context(text)) if options else program
-        return round(perplexity(program_nll(other, windows), len(later) - len(windows)), 4)
+    def perplexity_of(**options: object) -> float:
+        return quality(Prune.model_validate(options).apply(program, Context(text)), windows)
 
     (part,) = (p for p in Plan.from_yaml(PLAN).passes if isinstance(p, Prune))
     assert part == Prune.model_validate({**FLAP, "sparsity": 0.2}), "the plan is not the method that is checked"
@@ -58,16 +47,16 @@ def flap() -> Iterator[Item]:
     yield _means(program, masked, text)
     yield _smaller_and_faster(program, small)
 
-    dense = quality()
+    dense = quality(program, windows)
     found = {
-        "bias": quality(**FLAP, sparsity=0.2),
-        "no_bias": quality(**{**FLAP, "repair": "nothing"}, sparsity=0.2),
-        "magnitude": quality(score="magnitude", granularity="units", sparsity=0.2),
-        "bias_10_percent": quality(**FLAP, sparsity=0.1),
+        "bias": perplexity_of(**FLAP, sparsity=0.2),
+        "no_bias": perplexity_of(**{**FLAP, "repair": "nothing"}, sparsity=0.2),
+        "magnitude": perplexity_of(score="magnitude", granularity="units", sparsity=0.2),
+        "bias_10_percent": perplexity_of(**FLAP, sparsity=0.1),
     }
     passed = found["bias"] < found["no_bias"] < found["magnitude"] and found["bias_10_percent"] < 1.5 * dense
     yield Item(4, "perplexity: with bias < without < magnitude; at 10 % < 1.5 times dense", passed, {"dense": dense, **found})
-    adaptive, uniform = quality(**FLAP, sparsity=0.3), quality(**{**FLAP, "allocation": "uniform"}, sparsity=0.3)
+    adaptive, uniform = perplexity_of(**FLAP, sparsity=0.3), perplexity_of(**{**FLAP, "allocation": "uniform"}, sparsity=0.3)
     yield Item(5, "one threshold for all is no worse than uniform at 30 %", adaptive <= uniform, {"adaptive": adaptive, "uniform": uniform})
 
 
@@ -107,21 +96,8 @@ def _smaller_and_faster(dense: Program, small: Program) -> Item:
         times: dict[bool, list[float]] = {True: [], False: []}
         for turn in range(12 if past else 4):
             for is_small in (turn % 2 == 0, turn % 2 == 1):
-                times[is_small].append(_seconds((with_plan if is_small else plain).engine, rows, past))
+                times[is_small].append(pass_seconds((with_plan if is_small else plain).engine, rows, past))
         figures[name] = round(median(times[False][1:]) / median(times[True][1:]), 4)
     passed = abs(figures["block_parameters"] - 0.8) < 0.005 and abs(figures["all_parameters"] - 0.84) < 0.01
     passed = passed and figures["decode"] >= 1.12 and figures["prefill"] >= 1.15
     return Item(3, "20 % of the block gone, 0.84 of the model left; decode >= 1.12 x, prefill >= 1.15 x", passed, figures)
-
-
-def _seconds(engine: Engine, rows: int, past: int, passes: int = 8) -> float:
-    """Seconds of passes of `rows` rows on top of `past` slots."""
-    cache = engine.new_cache(1, past + rows)
-    if past:
-        engine.forward(cache, Step(np.full((1, past), 7, dtype=np.int64)))
-        cache.keep(0, np.arange(past))
-    step = Step(np.full((1, rows), 7, dtype=np.int64))
-    begin = perf_counter()
-    for _ in range(passes if past else 1):
-        engine.forward(cache, step)
-    return perf_counter() - begin

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 
 from planc.compiler.blocks import find_blocks
-from planc.compiler.compile import Planned, calibration_blocks, demanded
+from planc.compiler.compile import Planned, context_of, demanded
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.pipeline import ordered, run_passes
 from planc.compiler.plan import Plan
@@ -52,7 +52,7 @@ class Candidates:
         self.drop = next((space for space in plan.search.space if isinstance(space, Drop)), None)
         self.choose = next((space for space in plan.search.space if isinstance(space, Choose)), None)
         self._known_nonzeros: dict[int, tuple[Tensor, int]] = {}  # by identity; holds the tensor, so that the identity stays its own
-        self._context = Context(calibration_blocks(start.text_ids))
+        self._context = context_of(plan, start.model, start.text_ids)
         before, self._part = _split([p for p in demanded(plan) if p.stage <= Stage.NUMERICS], self.choose)
         self.base, _ = run_passes(start.program, before, self._context, note=note)
         self._levels = _Levels(self.base, self._context)

@@ -25,6 +25,7 @@ class Front:
     axis: str
     tried: Sequence[tuple[float, float]]
     best: Sequence[tuple[float, float, str]]
+    upwards: str = "KL to the model in nats per token"
 
 
 def png(front: Front) -> bytes:
@@ -54,7 +55,7 @@ def png(front: Front) -> bytes:
         draw.line([place(x_ticks[0], y), place(x_ticks[-1], y)], _LINE)
         draw.text((_LEFT - 8, place(x_ticks[0], y)[1]), f"{y:g}", _BLACK, anchor="rm")
     draw.text((_WIDTH / 2, 16), front.title, _BLACK, anchor="ma")
-    draw.text((_WIDTH / 2, _HEIGHT - 16), f"{front.axis}; KL to the model in nats per token upwards", _BLACK, anchor="ms")
+    draw.text((_WIDTH / 2, _HEIGHT - 16), f"{front.axis}; {front.upwards} upwards", _BLACK, anchor="ms")
     for x, y in front.tried:
         _dot(draw, place(x, y), 3, _GREY)
     draw.line([place(x, y) for x, y, _ in best], _BLUE, 2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from planc.compiler import files
 from planc.compiler.compile import Planned, text_of
 from planc.compiler.plan import Plan
 from planc.compiler.quality import read_windows
@@ -296,17 +297,4 @@ class _Memory:
         self.states[budget] = state
         if self._path is not None:
             entries = {text: {**state.as_dict(), "first": list(self.firsts[text])} for text, state in self.states.items()}
-            write(self._path, json.dumps({"search": self._identity, "budgets": entries}).encode())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Write a file, complete or not at all. Raises InputError[input-invalid] where that cannot be done."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(data)
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError("input-invalid", f"{path} cannot be written: {error.strerror}", where="planc search") from error
-    finally:
-        partial.unlink(missing_ok=True)
+            files.write(self._path, json.dumps({"search": self._identity, "budgets": entries}).encode())

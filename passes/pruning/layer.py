@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 import torch
@@ -18,11 +19,12 @@ S = TypeVar("S", bound=Statistic)
 
 @dataclass(frozen=True)
 class Layer:
-    """`weight` [N, K, ..] sums over K channels of the input `x`; `node` computes it."""
+    """`weight` [N, K, ..] sums over K channels of the input `x`; `node` computes it. `params`: of the program, by name."""
 
     node: Node
     weight: Tensor
     seen: Statistics
+    params: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def x(self) -> Node:
@@ -40,13 +42,17 @@ class Layer:
         return channels.to(self.weight.dtype).reshape(1, -1, *[1] * (self.weight.dim() - 2))
 
     def hessian(self, damp: float) -> Tensor:
-        """E[x x^T] plus `damp` times its mean diagonal, [K, K] float64; a channel that is always zero gets a one."""
+        """`channel_products` of a dense layer, whose weights multiply one channel each."""
         if self.weight.dim() != 2:
             message, fix = (
                 "this needs the products of all pairs of inputs, which a convolution does not have",
                 "use another score or repair",
             )
             raise CompileError("pass-refused", message, node=describe(self.node), fix=fix)
+        return self.channel_products(damp)
+
+    def channel_products(self, damp: float) -> Tensor:
+        """E[x x^T] over rows or pixels plus `damp` times its mean diagonal, [K, K] float64; a channel that is always zero gets a one."""
         gram = self.statistic(Gram32)
         h = gram.matrix.double() / gram.count
         diagonal = h.diagonal()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -10,10 +10,13 @@ from torch import Tensor
 
 from planc.compiler.calibration import Gram32, Moments, Statistic, WithinVariance
 from planc.compiler.program import describe
+from planc.passes.pruning.filters import filters
 from planc.passes.pruning.layer import Layer
 from planc.passes.pruning.scores import DAMP
 from planc.runtime.errors import CompileError
 from planc.runtime.registry import PlanPart
+
+_SWEEPS = 300  # of coordinate descent at most
 
 
 class Repair(PlanPart):
@@ -50,24 +53,60 @@ class MeanBias(Repair):
 
 
 class LeastSquares(Repair):
-    """Let the channels that stay stand in for those that go, by linear regression with a constant on calibration data."""
+    """Let the channels that stay stand in for those that go, by regression on calibration data with a constant, or on their filters (UDFC)."""
 
-    needs: ClassVar[frozenset[type[Statistic]]] = frozenset({Moments, Gram32})
+    data: Literal["calibration", "none"] = Field(
+        default="calibration", description="none: channels are alike as far as the filters and biases that make them are; no data is needed"
+    )
     damp: float = Field(default=DAMP, gt=0, description="share of the mean diagonal that is added to the covariance")
+    bias_weight: float = Field(default=0.01, ge=0, description="data none: how much biases count beside filters (a1 of the paper)")
+    ridge: float = Field(default=0.008, ge=0, description="data none: share of the mean squared filter that is added (a2 of the paper)")
+    nonneg: bool = Field(default=False, description="no channel stands in for another with a negative factor, which a ReLU would cut off")
+    limit: float = Field(default=4.0, gt=0, description="largest factor; activations that saturate do not follow large ones")
+
+    @property
+    def needs(self) -> frozenset[type[Statistic]]:  # type: ignore[override]
+        """Nothing, or the covariance of the inputs."""
+        return frozenset({Moments, Gram32} if self.data == "calibration" else ())
 
     def repaired(self, layer: Layer, keep: Tensor, block: int) -> tuple[Tensor, Tensor | None]:
-        """W_K + W_P C_PK C_KK^-1 with the covariance C of the input."""
-        stays = keep.any(0)
-        if layer.weight.dim() != 2 or not bool((keep == stays).all()):
-            message = "least_squares needs masks of whole input channels of dense layers"
+        """W_K + W_P C_PK C_KK^-1 with the covariance C of the input, or the inner products of its filters."""
+        stays = keep.movedim(1, 0).flatten(1).any(1)
+        if not bool((keep == stays.reshape(1, -1, *[1] * (keep.dim() - 2))).all()):
+            message = "least_squares needs masks of whole input channels"
             raise CompileError("pass-refused", message, node=describe(layer.node), fix="use granularity `channels`, or repair `obs_update`")
-        mean = layer.statistic(Moments).mean
-        covariance = layer.hessian(self.damp) - torch.outer(mean, mean)
-        by = torch.linalg.solve(covariance[stays][:, stays], covariance[stays][:, ~stays])  # [kept, pruned]
+        by = self.factors(layer, stays)
         new = layer.weight.double() * keep
-        new[:, stays] += layer.weight[:, ~stays].double() @ by.t()
+        new[:, stays] += torch.einsum("np...,kp->nk...", layer.weight[:, ~stays].double(), by)
         new = new.to(layer.weight.dtype)
-        return new, _lost(layer, new)
+        return new, _lost(layer, new) if self.data == "calibration" else None
+
+    def factors(self, layer: Layer, stays: Tensor) -> Tensor:
+        """What each channel that stays gives for each that goes, [kept, pruned] float64."""
+        if self.data == "calibration":
+            mean = layer.statistic(Moments).mean
+            alike = layer.channel_products(self.damp) - torch.outer(mean, mean)
+        else:
+            gram, bias = filters(layer.x, layer.params)
+            ridge = self.ridge * gram.diagonal()[stays].mean() * torch.eye(len(gram), dtype=gram.dtype)
+            alike = gram + self.bias_weight * torch.outer(bias, bias) + ridge
+        among, between = alike[stays][:, stays], alike[stays][:, ~stays]
+        by = _nonnegative(among, between) if self.nonneg else torch.linalg.solve(among, between)
+        return by.clamp(-self.limit, self.limit)
+
+
+def _nonnegative(among: Tensor, between: Tensor) -> Tensor:
+    """argmin_{s >= 0} s^T among s - 2 between^T s for every column of `between` [K, P], one row of s after the other until none moves."""
+    by = torch.zeros_like(between)
+    for _ in range(_SWEEPS):
+        most = 0.0
+        for i in range(len(by)):
+            new = (by[i] + (between[i] - among[i] @ by) / among[i, i]).clamp(min=0)
+            most = max(most, float((new - by[i]).abs().max()))
+            by[i] = new
+        if most < 1e-9:
+            break
+    return by
 
 
 class ObsUpdate(Repair):

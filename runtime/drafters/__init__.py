@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Host, Loaded, Verified
+from planc.runtime.drafters.draft_head import DraftHead
 from planc.runtime.drafters.draft_model import DraftModel
 from planc.runtime.drafters.ngram_table import NgramTable
 from planc.runtime.drafters.prompt_lookup import PromptLookup
@@ -12,6 +13,7 @@ from planc.runtime.drafters.token_recycling import TokenRecycling
 
 __all__ = [
     "Context",
+    "DraftHead",
     "DraftModel",
     "Drafter",
     "DrafterPart",

@@ -54,7 +54,10 @@ class Verified:
     rows: list[int]  # rows that are now committed, ascending
     chosen: list[int]  # the token committed after each of `rows`
     top_ids: Ints | None = None  # [R, K] likeliest successors of every row, rejected ones too; a view
-    taps: dict[str, NDArray[Any]] = field(default_factory=dict)  # name -> [R, ...]; views
+    top_logits: Floats | None = None  # [R, K] of these; a view
+    taps: dict[str, NDArray[Any]] = field(default_factory=dict)  # name -> [before + R, ...]; views
+    past: int = 0  # tokens of the text before the first row that has taps
+    before: int = 0  # rows of a prompt in the same pass before these: nobody asked for their outputs, but they have taps
 
 
 class Drafter(Protocol):

@@ -195,7 +195,7 @@ class Idle:
         """Nothing."""
 
 
-class _View:
+class _View(Cache):
     """One sequence of the target's cache, as a cache of its own."""
 
     def __init__(self, cache: Cache, sequence: int) -> None:

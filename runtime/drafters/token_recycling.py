@@ -1,8 +1,9 @@
 """Token recycling: keep the successors that the model thought likely the last time it saw each token, and guess along them.
 
 Paper: "Turning Trash into Treasure: Accelerating Inference of Large Language Models with Token Recycling" (papers/20). The state is one
-matrix M [V, k]; every verified row, rejected or not, overwrites the row of its token. The tree is grown likeliest guess first, by
-acceptance rates learned per rank, instead of along one fixed template; the paper's template and others can be asked for.
+matrix M [V, k]; every verified row, rejected or not, overwrites the row of its token. The tree is grown likeliest guess first, instead of
+along one fixed template; the paper's template and others can be asked for. How likely a guess is, is learned per class of guesses: by how
+sure the model was of it when it was written, and by how often the text has confirmed it since.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from pydantic import Field
 
 from planc.runtime.drafters.base import Context, DrafterPart, Verified
+from planc.runtime.engine import Floats
 from planc.runtime.errors import PlanError
 from planc.runtime.trees import Cell, Draft
 
@@ -24,7 +26,13 @@ _EMPTY = -1  # in M: no successor known
 _FEW = 6  # rows that are written one by one faster than at once
 _STREAK = 3  # longest run of confirmations that is told apart
 
-#: acceptance rates before anything is learned: first rank by streak, then the other ranks
+#: bounds between the classes of a successor's share, which is its probability among the k that are kept
+_SHARES = np.array([0.004, 0.01, 0.02, 0.04, 0.08, 0.15, 0.25, 0.4, 0.55, 0.7, 0.82, 0.91, 0.97, 0.99])
+_CENTRES = tuple(np.sqrt(np.append(0.002, _SHARES) * np.append(_SHARES, 1.0)).tolist())
+_UNKNOWN = 255  # class of a successor that came without a logit
+_TRANSFER = 0.6  # of a share that holds in the next context, until that is learned
+
+#: acceptance rates before anything is learned where shares are unknown: first rank by streak, then the other ranks
 _FIRST = (0.22, 0.45, 0.55, 0.65)
 _OTHERS = (0.08, 0.05, 0.035, 0.025, 0.02, 0.015, 0.01)
 
@@ -73,7 +81,7 @@ class TokenRecycling(DrafterPart):
 
 
 class RecyclingDrafter:
-    """Runtime object of `TokenRecycling`: M [V, k] int32 and one byte per token, shared by all texts of a batch."""
+    """Runtime object of `TokenRecycling`: M [V, k] int32, a byte per entry and one per token, shared by all texts of a batch."""
 
     def __init__(
         self,
@@ -87,11 +95,13 @@ class RecyclingDrafter:
         self.top_k, self.prompt_rows, self.per_request, self.template = k, prompt_rows, per_request, template
         self._warm = warm
         self.matrix = np.full((vocab_size, k), _EMPTY, dtype=np.int32)  # [V, k] successors, likeliest first
+        self.shares = np.full((vocab_size, k), _UNKNOWN, dtype=np.uint8)  # [V, k] class of the share of each
         self.streak = np.zeros(vocab_size, dtype=np.uint8)  # [V] how often in a row the first successor was right
         self._reset()
 
     def _reset(self) -> None:
         self.matrix.fill(_EMPTY)
+        self.shares.fill(_UNKNOWN)
         self.streak.fill(0)
         if self._warm is not None:
             width = min(self.top_k, self._warm.shape[1])
@@ -121,21 +131,31 @@ class RecyclingDrafter:
             rejected = sorted((row for row in range(len(tokens)) if row not in accepted), key=lambda row: -verified.depths[row])
             order = [*rejected, *verified.rows]
         width = min(self.top_k, verified.top_ids.shape[1])
+        shares = None if verified.top_logits is None else _share_classes(verified.top_logits[:, :width])
         if len(order) <= _FEW:
             for row in order:
                 matrix[tokens[row], :width] = verified.top_ids[row, :width]
-        else:  # of equal indices in one assignment numpy keeps the last
-            matrix[[tokens[row] for row in order], :width] = verified.top_ids[order, :width]
+                if shares is not None:
+                    self.shares[tokens[row], :width] = shares[row]
+            return
+        where = [tokens[row] for row in order]  # of equal indices in one assignment numpy keeps the last
+        matrix[where, :width] = verified.top_ids[order, :width]
+        if shares is not None:
+            self.shares[where, :width] = shares[order]
 
     def _cell(self, token: int, rank: int, contested: bool) -> tuple[Cell, float]:
         """What is known about guessing the successor `rank` of `token`, and the rate to start from."""
-        if rank:
-            prior, streak = _OTHERS[min(rank, len(_OTHERS)) - 1], 0
+        streak, share = 0 if rank else int(self.streak[token]), int(self.shares[token, rank])
+        if share != _UNKNOWN:
+            cell: Cell = (TokenRecycling.key, "first" if rank == 0 else "other", share, streak, contested)
+            prior = _TRANSFER * _CENTRES[share]
         else:
-            streak = int(self.streak[token])
-            prior = _FIRST[streak]
-        # contested: another drafter has its own guess here, so this one is right less often
-        return (TokenRecycling.key, rank, streak, contested), prior * 0.5 if contested else prior
+            cell = (TokenRecycling.key, rank, streak, contested)
+            prior = _OTHERS[min(rank, len(_OTHERS)) - 1] if rank else _FIRST[streak]
+        return (
+            cell,
+            prior * 0.5 if contested else prior,
+        )  # contested: another drafter has its own guess here, so this one is right less often
 
     def _grow(self, context: Context, draft: Draft) -> None:
         """Best first: add the likeliest guess that is not in the tree yet, until the budget is spent.
@@ -182,6 +202,14 @@ class RecyclingDrafter:
             token = int(self.matrix[draft.tokens[parent], path[-1]])
             if token != _EMPTY:
                 rows[path] = self._guess(draft, parent, token, path[-1], parent in contested)
+
+
+def _share_classes(logits: Floats) -> NDArray[np.uint8]:
+    """The class of the share of every successor, of their logits [R, k], descending."""
+    shares = np.exp(logits - logits[:, :1])
+    shares /= shares.sum(-1, keepdims=True)
+    classes: NDArray[np.uint8] = np.searchsorted(_SHARES, shares).astype(np.uint8)
+    return classes
 
 
 def _load(path: str, vocab_size: int) -> NDArray[np.int32]:

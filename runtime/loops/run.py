@@ -197,8 +197,8 @@ class Run:
         return [b for b, text in enumerate(self.texts) if text.finish is None]
 
     def room(self, live: Sequence[int]) -> int:
-        """Rows that the next pass of these sequences may have."""
-        return self.limit - int(self.cache.lengths[live].max())
+        """Rows that the next pass of these sequences may have: what fits, and no more than what sees the same as if tokens came one by one."""
+        return min(self.limit - int(self.cache.lengths[live].max()), *(self.cache.horizon(b) for b in live))
 
     def prefill(self) -> Iterator[Piece]:
         """Feed the prompts in chunks of rows and commit the first token of each; every later pass finds it pending."""
@@ -230,6 +230,8 @@ class Run:
         outputs = self.forward(step, prefill=True)
         for b, part in zip(waiting, parts, strict=True):
             yield from self._fed(b, part, outputs, first)
+        for b in waiting:
+            self._seal(b)
 
     def carry(self, b: int | None) -> None:
         """The next decoding pass takes up to `chunk` prompt rows of sequence b along, which costs less than a pass of their own.
@@ -250,6 +252,7 @@ class Run:
             b, part, first, outputs = self._aboard
             self._aboard = None
             yield from self._fed(b, part, outputs, first)
+            self._seal(b)
 
     def _board(self, step: Step, b: int) -> tuple[Step, list[int], int]:
         """The step with prompt rows of sequence b in it, those rows, and the first of them whose outputs are needed."""
@@ -274,7 +277,7 @@ class Run:
     def _first_output(self, parts: Sequence[Sequence[int]], starts: Sequence[int], texts: Sequence[Text], rows: int) -> int:
         """First row of a prompt pass whose outputs anybody needs; at least two rows' worth, for the reason of `MIN_ROWS`."""
         first = rows - max(MIN_ROWS, self.min_rows)
-        wanted = max((drafter.prompt_rows for drafter in self.drafters), default=0)
+        wanted = max(self.cache.prompt_rows, *(drafter.prompt_rows for drafter in self.drafters), 0)
         for part, start, text in zip(parts, starts, texts, strict=True):
             if start + len(part) == text.prompt:
                 first = min(first, len(part) - 1)
@@ -297,8 +300,22 @@ class Run:
         if len(part) > first:
             count = len(part) - first
             rows = list(range(count))
-            self._update(b, Verified(b, part[first:], rows, rows, following[first:]), outputs)
+            self._update(b, Verified(b, part[first:], rows, rows, following[first:], past=start, before=first), outputs)
         return pieces
+
+    def _seal(self, b: int) -> None:
+        """Tell the cache when prompt b is complete. Where it wants to know what follows, drafts go through the model once and are dropped."""
+        text = self.texts[b]
+        if text.finish is not None or len(text.tokens) != text.prompt + 1:
+            return
+        guessed, most = 0, min(self.engine.spec.guesses, self.limit - text.prompt - self.min_rows)
+        if most > 0:
+            draft = Draft(text.tokens[-1])
+            self.propose({b: draft}, most, most, siblings=False)
+            chain = draft.take(draft.best_path(draft.reach())[:most])
+            self.forward(self.pack({b: chain}), prefill=True)
+            guessed = len(chain)
+        self.cache.seal(b, guessed)
 
     def propose(
         self, drafts: Mapping[int, Draft], budget: int, depth: int, *, siblings: bool = True, paused: bool = False, in_turn: bool = False
@@ -435,14 +452,16 @@ class Run:
             for row in counted:
                 counter.update(draft.sources(row))
 
-    def teach(self, b: int, draft: Draft, path: Walk, outputs: Outputs) -> None:
-        """Show the pass to the drafters: all rows of sequence b, and which were accepted."""
-        self._update(b, Verified(b, draft.tokens, draft.depths, path.rows, path.tokens), outputs)
+    def teach(self, b: int, draft: Draft, path: Walk, outputs: Outputs, past: int) -> None:
+        """Show the pass to the drafters: all rows of sequence b, `past` tokens before them, and which were accepted."""
+        self._update(b, Verified(b, draft.tokens, draft.depths, path.rows, path.tokens, past=past), outputs)
 
     def _update(self, b: int, verified: Verified, outputs: Outputs) -> None:
         count, place = len(verified.tokens), self._place[b]
         if outputs.top_ids is not None:
             verified.top_ids = outputs.top_ids[place, :count]
-        verified.taps = {name: tap[place, :count] for name, tap in outputs.taps.items()}
+        if outputs.top_logits is not None:
+            verified.top_logits = outputs.top_logits[place, :count]
+        verified.taps = {name: tap[place, : verified.before + count] for name, tap in outputs.taps.items()}
         for drafter in self.drafters:
             drafter.update(verified)

@@ -50,7 +50,8 @@ def _rounds(run: Run, controller: Controller, trees: bool, block: int | None) ->
 
 def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool, block: int | None) -> Iterator[Piece]:
     """Draft and verify once for each of these sequences, in one pass."""
-    batch, past, room = len(live), [int(run.cache.lengths[b]) for b in live], run.room(live)
+    before = {b: int(run.cache.lengths[b]) for b in live}  # committed slots: all of the text but the pending token
+    batch, past, room = len(live), list(before.values()), run.room(live)
     ragged = batch > 1 and run.engine.spec.ragged
     least = 1 if ragged else run.min_rows  # a ragged pass has rows enough, and pays for every one of them
     rules = [run.rule(b) for b in live]
@@ -77,7 +78,7 @@ def one_round(run: Run, live: Sequence[int], controller: Controller, trees: bool
         controller.rates.learn(drafts[b], pieces[0].tokens)  # 6. adapt
         if cut is not None:
             controller.judge(tree, path.rows)
-        run.teach(b, tree, path, outputs)
+        run.teach(b, tree, path, outputs, before[b])
         committed += len(pieces[0].tokens)
         yield from pieces
     if run.shared:

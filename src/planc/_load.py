@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import DraftModel, Loaded
+from planc.runtime.drafters import DraftHead, DraftModel, Loaded
 from planc.runtime.drafters.draft_model import FUZZY
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
@@ -84,12 +84,12 @@ def _draft_models(directory: Path, manifest: Manifest, decode: Decode, text: Tex
     drafters = decode.speculative.drafter if decode.speculative is not None else ()
     models = {}
     for part in drafters:
-        if isinstance(part, DraftModel):
+        if isinstance(part, DraftModel | DraftHead):
             name = part.artifact
             if name is None or f"{name}/{MANIFEST}" not in manifest.files:
                 raise ArtifactError(
                     "artifact-corrupt",
-                    f"the draft model {name} is not part of the artifact",
+                    f"the draft model or head {name} is not part of the artifact",
                     where=str(directory),
                     fix="compile the plan again",
                 )

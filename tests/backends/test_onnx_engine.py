@@ -48,7 +48,8 @@ def drive(engine: Any, ids: np.ndarray) -> list[Outputs]:
 def snapshot(out: Outputs) -> Outputs:
     """A copy: the arrays are views until the next pass."""
     return Outputs(
-        *(None if a is None else a.copy() for a in (out.argmax, out.logits, out.top_ids)), {n: t.copy() for n, t in out.taps.items()}
+        *(None if a is None else a.copy() for a in (out.argmax, out.logits, out.top_ids, out.top_logits)),
+        {n: t.copy() for n, t in out.taps.items()},
     )
 
 
@@ -61,6 +62,7 @@ def agree(have: list[Outputs], want: list[Outputs], tolerance: float = TOLERANCE
         assert (h.top_ids is None) == (w.top_ids is None)
         if h.top_ids is not None:
             assert np.array_equal(h.top_ids, np.argsort(-h.logits, axis=-1, kind="stable")[..., :TOP_K])
+            assert np.array_equal(h.top_logits, np.take_along_axis(h.logits, h.top_ids, -1))
         for name, tap in w.taps.items():
             close(h.taps[name], tap, tolerance)
 

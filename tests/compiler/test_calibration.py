@@ -9,7 +9,19 @@ from hypothesis import strategies as st
 from models_tiny import close, eager, model, raised, token_ids
 from torch import Tensor
 
-from planc.compiler.calibration import Gram, Gram32, Moments, Peaks, RowPeaks, Statistic, WithinVariance, calibration_text, collect
+from planc.backends.reference import execute
+from planc.compiler.calibration import (
+    Gram,
+    Gram32,
+    Moments,
+    Peaks,
+    RowPeaks,
+    Statistic,
+    WithinVariance,
+    calibration_text,
+    collect,
+    propagate,
+)
 from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context
 from planc.runtime.errors import CompileError
@@ -109,6 +121,47 @@ def test_progress_and_nothing_to_watch() -> None:
     assert not list(collect(program, {}, IDS).items())
     collect(program, {next(n for n in program.main.nodes if n.target is OPS.glu.default): {Moments}}, IDS, progress)
     assert told == ["calibrating"]
+
+
+def test_propagate_shows_what_changes_so_far_made_of_the_text() -> None:
+    """Every product halved: its successors see what a program with the halved weights in front of them gives."""
+    program = raised("qwen2")
+    products = [n for n in program.main.nodes if n.target is aten.linear.default]
+    seen: dict[str, Tensor] = {}
+
+    def halve(name: str) -> object:
+        def change(inputs: list[Tensor]) -> object:
+            seen[name] = torch.cat(inputs)
+            return lambda x, weight, bias=None: torch.nn.functional.linear(x, weight / 2, bias)
+
+        return change
+
+    propagate(program, {n: halve(n.name) for n in products}, IDS)  # type: ignore[arg-type]
+    assert list(seen) == [n.name for n in products]
+    halved = program.replace(params={n: v / 2 if v.dim() == 2 and "embed" not in n else v for n, v in program.params.items()})
+    inputs = {n.args[0]: n.name for n in products}
+    for node, value in execute(halved, {"input_ids": IDS, "position_ids": torch.arange(IDS.shape[1])[None].expand(len(IDS), -1)}):
+        if node in inputs:
+            close(seen[inputs[node]], value)
+
+
+def test_propagate_stops_at_the_last_change_and_refuses() -> None:
+    program = raised("llama")
+    first = next(n for n in program.main.nodes if n.target is aten.linear.default)
+    told: list[str] = []
+
+    def progress(nodes: list[object], text: str) -> object:
+        return (told.append(n.name) or n for n in nodes)  # type: ignore[attr-defined, func-returns-value]
+
+    propagate(program, {first: lambda inputs: first.target}, IDS, progress)  # type: ignore[dict-item, return-value]
+    assert told[-1] == first.name
+    for ids in (IDS[:0], IDS[:1, :1]):
+        with pytest.raises(CompileError, match="too little"):
+            propagate(program, {first: lambda inputs: first.target}, ids)  # type: ignore[dict-item, return-value]
+    broken = program.replace(params={n: v * torch.inf if "embed" in n else v for n, v in program.params.items()})
+    with pytest.raises(CompileError) as caught:
+        propagate(broken, {first: lambda inputs: first.target}, IDS)  # type: ignore[dict-item, return-value]
+    assert caught.value.code == "calibration-not-finite"
 
 
 def test_refuses() -> None:

@@ -444,6 +444,19 @@ def test_every_command_of_the_contract() -> None:
     import typer
 
     commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
-    assert set(commands) == {"run", "compile", "bench", "check", "schema", "models", "passes", "papers", "profile", "explain", "search"}
+    assert set(commands) == {
+        "run",
+        "compile",
+        "bench",
+        "check",
+        "schema",
+        "models",
+        "passes",
+        "papers",
+        "profile",
+        "explain",
+        "search",
+        "fit",
+    }
     for command in commands.values():
         assert command.help

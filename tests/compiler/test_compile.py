@@ -14,7 +14,8 @@ import planc
 import planc.backends.onnx.artifact
 import planc.compiler.compile
 from planc.backends.reference import probe
-from planc.compiler.compile import demanded, rewrite, tree_form
+from planc.compiler.compile import context_of, demanded, rewrite, text_of, tree_form
+from planc.compiler.models import LoadedModel
 from planc.compiler.plan import Plan
 from planc.runtime.artifact import read_artifact
 from planc.runtime.errors import CompileError, InputError, ModelError, PlanError
@@ -85,6 +86,26 @@ def test_calibration_is_used() -> None:
     name = next(n for n in mine.params if n.endswith("*s"))
     assert torch.equal(mine.params[name], again.params[name])
     assert not torch.equal(mine.params[name], other.params[name])
+
+
+def test_a_plan_names_its_calibration_text(smollm2: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("One two three four five six seven eight nine ten. " * 20)
+    (tmp_path / "plan.yaml").write_text("calibration: {text: text.txt, tokens: 70, length: 32}\n")
+    plan = Plan.from_yaml(tmp_path / "plan.yaml")
+    context = context_of(plan, smollm2, ())
+    want = text_of(smollm2).encode("One two three four five six seven eight nine ten. " * 20)[:64]
+    assert context.calibration is not None and context.calibration.shape == (2, 32) and context.calibration.flatten().tolist() == want
+    assert context.folder == tmp_path
+    mine = token_ids(2, 8)
+    assert context_of(plan, smollm2, (), mine).calibration is mine  # what the caller gives comes first
+    short = Plan.from_dict({"calibration": {"text": str(tmp_path / "text.txt"), "tokens": 20, "length": 32}})
+    assert context_of(short, smollm2, ()).calibration.shape == (1, 20)  # type: ignore[union-attr]
+    (tmp_path / "text.txt").unlink()
+    with pytest.raises(InputError) as caught:
+        context_of(plan, smollm2, ())
+    assert caught.value.code == "input-invalid" and "plan.yaml:1" in (caught.value.where or "")
+    with pytest.raises(PlanError):
+        Plan.from_dict({"calibration": {"text": "text.txt", "length": 1}})
 
 
 def test_an_artifact_at_out(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from planc.compiler.codebooks import lookup
 from planc.compiler.dialect import ACTIVATIONS, OPS, quantize_rows, unpack_blocks
 from planc.compiler.weight_forms import int_blocks
 from planc.runtime import entropy
+from planc.runtime.kv.stores import BLOCK, PARTS, Bitmap, Gear, Int8, Part, Quantized, Store
 
 Draw = Callable[[int, int], int]
 
@@ -39,6 +40,37 @@ def _cached_attention(n: Draw) -> tuple[Any, ...]:
     lengths = torch.tensor([n(0, capacity - rows) for _ in range(batch)])
     bias = torch.zeros(batch, 1, rows, int(lengths.max()) + rows) if n(0, 1) else None
     return (q, k, v, *past, lengths, bias, scale, window, softcap)
+
+
+def _stored_attention(n: Draw) -> tuple[Any, ...]:
+    q, k, v, past_k, past_v, lengths, bias, *rest = _cached_attention(n)
+    stored = [torch.randn(k.shape[0], k.shape[2], count, w) for count in (n(0, 5),) for w in (k.shape[3], v.shape[3])]
+    return (q, k, v, past_k, past_v, lengths, *stored, bias, *rest)
+
+
+def _encoded(store: Store, part: Part, n: Draw, width: int = 16) -> dict[str, Tensor]:
+    rows = torch.randn(n(1, 3), n(1, 3), BLOCK, width).numpy()
+    return {name: torch.from_numpy(array) for name, array in store.encode(rows, part, {}).items()}
+
+
+def _stored_int8(n: Draw) -> tuple[Any, ...]:
+    return tuple(_encoded(Int8(), "key", n).values())
+
+
+def _stored_bitmap(n: Draw) -> tuple[Any, ...]:
+    return tuple(_encoded(Bitmap(keep=n(1, 16)), "key", n).values())
+
+
+def _stored_quantized(n: Draw) -> tuple[Any, ...]:
+    bits, part = (2, 4, 8)[n(0, 2)], PARTS[n(0, 1)]
+    return (*_encoded(Quantized(bits=bits, group=8), part, n).values(), bits, 8, part == "key")
+
+
+def _stored_corrected(n: Draw) -> tuple[Any, ...]:
+    part = PARTS[n(0, 1)]
+    found = _encoded(Gear(group=8, rank=n(0, 3), outliers=(0.0, 0.3)[n(0, 1)]), part, n)
+    rows = torch.randn(*found["codes"].shape[:3], 16)
+    return (rows, *(found.get(name) for name in ("left", "right", "places", "deltas")), 2 if part == "key" else 3)
 
 
 def _rms_norm(n: Draw) -> tuple[Any, ...]:
@@ -123,13 +155,24 @@ def _upsample2d(n: Draw) -> tuple[Any, ...]:
     return (_map(n), [n(1, 3), n(1, 3)])
 
 
+def _block_diagonal(n: Draw) -> tuple[Any, ...]:
+    count, inputs, outputs = n(1, 3), n(1, 5), n(1, 5)
+    return (torch.randn(*(n(1, 3) for _ in range(n(1, 2))), count * inputs), torch.randn(count, outputs, inputs))
+
+
 INPUTS = {
+    "block_diagonal": _block_diagonal,
     "conv2d": _conv2d,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
     "upsample2d": _upsample2d,
     "attention": _attention,
     "cached_attention": _cached_attention,
+    "stored_attention": _stored_attention,
+    "stored_int8": _stored_int8,
+    "stored_bitmap": _stored_bitmap,
+    "stored_quantized": _stored_quantized,
+    "stored_corrected": _stored_corrected,
     "rms_norm": _rms_norm,
     "rope_table": _rope_table,
     "rope": _rope,
@@ -211,6 +254,34 @@ def test_cached_attention_is_attention_over_what_was_kept() -> None:
             close(out[b], want[b, r])
             assert torch.equal(new_k[b, :, r], k3[b].transpose(0, 1))
             assert torch.equal(new_k[b, :, : r.start], past[0][b, :, : r.start])
+
+
+def test_stored_rows_come_before_the_others() -> None:
+    torch.manual_seed(3)
+    q, k, v = torch.randn(1, 9, 4, 4), torch.randn(1, 9, 2, 4), torch.randn(1, 9, 2, 4)
+    want = OPS.attention.default(q, k, v, None, 0.5, True, 0, 2.0)
+    turned = [x.transpose(1, 2) for x in (k, v)]
+    past = [F.pad(x[:, :, 4:6], (0, 0, 0, 5), value=9.0) for x in turned]  # rows 4 and 5 lie in the window, what is behind is rubbish
+    out, new_k, _ = OPS.stored_attention.default(
+        q[:, 6:], k[:, 6:], v[:, 6:], *past, torch.tensor([2]), *(x[:, :, :4] for x in turned), None, 0.5, 0, 2.0
+    )
+    close(out, want[:, 6:])
+    assert torch.equal(new_k[:, :, :5], turned[0][:, :, 4:])
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("store", [Int8(), Quantized(bits=2, group=16), Gear(bits=4, group=8, rank=3, outliers=0.2), Bitmap(keep=5)])
+def test_stores_are_decoded_as_the_runtime_does(store: Store, part: Part) -> None:
+    torch.manual_seed(4)
+    found = _encoded(store, part, lambda low, high: high)
+    if isinstance(store, Quantized):
+        have = OPS.stored_quantized.default(found["codes"], found["scale"], found["zero"], store.bits, store.group, part == "key")
+        if isinstance(store, Gear):
+            extra = (found[name] for name in ("left", "right", "places", "deltas"))
+            have = OPS.stored_corrected.default(have, *extra, 2 if part == "key" else 3)
+    else:
+        have = (OPS.stored_int8 if isinstance(store, Int8) else OPS.stored_bitmap).default(*found.values())
+    close(have, store.decode({name: array.numpy() for name, array in found.items()}, part, {}))
 
 
 def test_rms_norm_and_rope() -> None:

@@ -325,3 +325,54 @@ def test_self_skip_refusals(tmp_path: Path) -> None:
             planc.compile(model("llama"), plan, out=tmp_path / "refused", measure=False)
         assert caught.value.code == code
         assert not (tmp_path / "refused").exists()
+
+
+# ---- what else a draft is good for ----
+
+LONG = [3 + (7 * i) % 89 for i in range(90)]
+
+
+def test_a_draft_chooses_what_stays_of_a_prompt(tmp_path: Path) -> None:
+    """Its guesses judge the prompt (papers/87); the plain run asks it the same and gives the same text."""
+    policy = {"evict": {"lookahead": {"capacity": 40, "window": 8, "tokens": 5}}}
+    options = {"passes": [{"kv_cache": {"policy": policy}}], "target": {"capacity": 200}}
+    exe = planc.compile(model("llama"), plan(SKIPPING, **options), out=tmp_path / "a", measure=False)
+    manifest = read_artifact(tmp_path / "a")
+    assert manifest.extra["kv"]["policy"] == policy and "kv" not in read_artifact(tmp_path / "a/draft").extra
+    exe = planc.load(tmp_path / "a")
+    answer, alone = exe.generate(LONG, max_new_tokens=40), exe.plain().generate(LONG, max_new_tokens=40)
+    assert answer.ids == alone.ids and answer.stats.purposes["prefill"] == 2  # type: ignore[union-attr]
+    assert answer.stats.drafted_by["draft_model"] > 0 and not alone.stats.drafted_by  # type: ignore[union-attr]
+    other = planc.compile(model("llama"), plan(SKIPPING, target={"capacity": 200}), out=tmp_path / "b", measure=False)
+    assert other.generate(LONG[:30], max_new_tokens=20).ids == exe.generate(LONG[:30], max_new_tokens=20).ids  # type: ignore[union-attr]
+
+
+def test_a_draft_shortens_prompts(tmp_path: Path) -> None:
+    """A prompt that is no longer than the capacity is left alone; another becomes that short, and its end stays."""
+    base = plan(SKIPPING, target={"capacity": 200})
+    base["decode"]["context"] = {"capacity": 40, "window": 10, "neighbours": 4}
+    exe = planc.compile(model("llama"), base, out=tmp_path / "a", measure=False)
+    exe = planc.load(tmp_path / "a")
+    answer = exe.generate(LONG, max_new_tokens=20)
+    (draft,) = exe.models.values()
+    short = exe.decode.context.shortened(draft.engine, LONG)  # type: ignore[union-attr]
+    assert len(short) == 40 == answer.prompt_tokens and short[-10:] == LONG[-10:]  # type: ignore[union-attr]
+    assert answer.ids == exe.plain().generate(LONG, max_new_tokens=20).ids == exe.generate(short, max_new_tokens=20).ids  # type: ignore[union-attr]
+    with pytest.raises(PlancError, match="does not shorten"):
+        exe.serve()
+
+
+def test_a_foreign_draft_shortens_nothing(skipping: Path, tmp_path: Path) -> None:
+    draft = {"artifact": str(skipping / "draft")}
+    options = plan(draft, target={"capacity": 128})
+    options["decode"]["context"] = {}
+    with pytest.raises(PlancError) as caught:
+        planc.compile(model("llama"), options, out=tmp_path / "refused", measure=False)
+    assert caught.value.code == "draft-mismatch" and caught.value.fix
+
+
+def test_refuses_a_policy_of_the_draft(tmp_path: Path) -> None:
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump({"passes": [{"kv_cache": {"policy": {"store": "int8"}}}]}))
+    error = refused(model("llama"), {"plan": str(own)}, tmp_path)
+    assert error.code == "plan-conflict" and "where a prompt ends" in error.message

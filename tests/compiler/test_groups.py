@@ -53,6 +53,39 @@ def test_joined_weights_keep_their_parts_together() -> None:
     assert next(s for s in channels.sites if s.axis == 0).units.tolist() == [*range(48), *range(48)]
 
 
+class PostNorm(nn.Module):
+    """A layer of BERT: norms behind the sums, attention that sees all but what a mask hides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(12, 12) for _ in range(4))
+        self.fc1, self.fc2, self.norms = nn.Linear(12, 10), nn.Linear(10, 12), nn.ModuleList(nn.LayerNorm(12) for _ in range(2))
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        heads = [p(x).view(*x.shape[:2], -1, 4).transpose(1, 2) for p in (self.q, self.k, self.v)]
+        seen = F.scaled_dot_product_attention(*heads, attn_mask=mask)
+        x = self.norms[0](x + self.o(seen.transpose(1, 2).reshape(x.shape)))
+        return self.norms[1](x + self.fc2(F.gelu(self.fc1(x))))
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_encoders_with_post_norms(by_head: bool) -> None:
+    """Heads and hidden channels go; the stream stays, as norms need it whole, and so do heads that a mask tells apart."""
+    torch.manual_seed(0)
+    module, x = PostNorm(), torch.randn(2, 5, 12)
+    mask = torch.randn(2, 3 if by_head else 1, 1, 5)
+    program = trace_module(module, (x, mask), ModelInfo("bert", 0, 1))
+    groups = find_groups(program).groups
+    assert [(g.kind, g.size, g.name) for g in groups] == [("heads", 3, "o.weight")] * (not by_head) + [("channels", 10, "fc2.weight")]
+    masked = Prune(granularity="units", sparsity=0.3, modules=("o", "fc2")).apply(program, Context())
+    small = Realise().apply(masked, Context())
+    inputs = {"x": x, "mask": mask}
+    assert torch.allclose(run(small, inputs)["output"], run(masked, inputs)["output"], atol=1e-5)
+    assert small.bytes() < masked.bytes()
+    if not by_head:
+        assert small.params["q.weight*r"].shape[0] < 12
+
+
 # ---- convolutional networks ----------------------------------------------------------------------------------------------------------
 
 

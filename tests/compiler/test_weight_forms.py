@@ -73,6 +73,24 @@ def test_gptq_lowers_the_error_of_outputs(form: Format) -> None:
     assert compensated < 0.9 * nearest
 
 
+@settings(max_examples=25, deadline=None)
+@given(st.sampled_from(FORMS), st.integers(1, 6), st.integers(1, 3), st.integers(0, 99))
+def test_property_searched_scales_lower_the_weighed_error(form: Format, outputs: int, blocks: int, seed: int) -> None:
+    weight, importance = some(outputs, 16 * blocks, seed=seed), some(16 * blocks, seed=seed + 1).exp()
+    weight[0] *= seed % 2  # a row of zeros
+    peak, searched = (((store(weight, form, 16, None, i).weight - weight).pow(2) * importance).sum() for i in (None, importance))
+    assert float(searched) <= float(peak) * (1.02 if form.startswith("nf") else 1 + 1e-5)  # scales of nf are rounded to 8 bits afterwards
+
+
+def test_searched_scales_find_the_grid_that_is_there() -> None:
+    """Levels -8 .. 7 of a scale, where the largest magnitude is 7 steps: the peak would make it the eighth."""
+    levels = torch.tensor([7.0, 5, -3, 1, 0, -6, 2, 4, 7, -7, 6, -1, 3, -2, -4, -5])
+    for sign in (1, -1):
+        weight = 0.3 * sign * levels[None]
+        assert float((store(weight, "int4_blocks", 16, None, torch.ones(16)).weight - weight).abs().max()) < 1e-6
+        assert float((store(weight, "int4_blocks", 16).weight - weight).abs().max()) > 0.05
+
+
 def test_gptq_without_correlation_is_rounding_to_nearest() -> None:
     weight, gram = some(7, 32), torch.diag(torch.rand(32) + 0.1)
     gram[5, 5] = 0  # a channel that was never seen
@@ -123,9 +141,10 @@ def test_tables_per_group_and_learning_lower_the_error() -> None:
     weight = torch.cat((some(32, 64), torch.sign(some(32, 64, seed=3)) * (1 + 0.1 * some(32, 64, seed=4))))  # two kinds of rows
     one, two = (float((weight - learned(weight, 3, 16, count).weight()).norm()) for count in (1, 2))
     assert two < 0.9 * one
-    gram, moves = gram_of(64), list[int]()
+    gram = gram_of(64)
     start = learned(weight, 3, 16, 2, gram)
-    made = joint(start, weight, gram, 15, moves=moves)
+    made = joint(start, weight, gram, 15)
     assert output_error(weight, made.weight(), gram) < 0.8 * output_error(weight, start.weight(), gram)
-    assert moves and set(moves) == {1}
+    moved = (made.codes.int() - start.codes.int()).abs()
+    assert bool((moved > 0).any()) and float((moved > 1).sum()) <= 0.1 * float((moved > 0).sum())
     assert joint(start, weight, gram, 0) is start

@@ -10,9 +10,10 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from models_tiny import POOL, applied, before_and_after, close, eager, model, one_layer, pooled, raised, token_ids
+from models_tiny import POOL, applied, apply, before_and_after, close, eager, model, one_layer, pooled, raised, token_ids
 from torch import Tensor
 from torch.fx import Node
+from vision_tiny import images, tiny_program
 
 from planc.backends.reference import probe
 from planc.compiler.calibration import Gram, Moments, collect
@@ -21,7 +22,9 @@ from planc.compiler.groups import find_groups
 from planc.compiler.passbase import Context
 from planc.compiler.plan import Plan
 from planc.compiler.program import Program
+from planc.passes.fold_batch_norm import FoldBatchNorm
 from planc.passes.prune import Prune
+from planc.passes.pruning import Cubic
 from planc.passes.pruning.allocations import cheapest, lowest
 from planc.passes.realise import Realise
 from planc.runtime.errors import CompileError, PlanError
@@ -100,6 +103,22 @@ def test_budget_of_weights(allocation: str, exact: bool) -> None:
     )
 
 
+def test_a_sparsity_per_module() -> None:
+    """The first pattern that matches wins, what none matches stays whole, and one pattern for all is one number for all."""
+    program = raised("llama")
+    some = prune(program, allocation="rows", sparsity={"layers.1.mlp.*": 0.75, "layers.*.mlp.up_proj": 0.25})
+    shares = {name: float((w == 0).float().mean()) for name, w in weights(some).items()}
+    assert {n: v for n, v in shares.items() if v} == {
+        "model.layers.0.mlp.up_proj": 0.25,
+        **{f"model.layers.1.mlp.{part}_proj": 0.75 for part in ("gate", "up", "down")},
+    }
+    one, each = (prune(program, allocation="rows", sparsity=sparsity) for sparsity in (0.5, {"*": 0.5}))
+    assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(each).values(), strict=True))
+    assert prune(program, sparsity={}) is program
+    late = prune(program, sparsity={"mlp.*": 0.5}, schedule={"cubic": {"steps": 3}})
+    assert all(torch.equal(w, weights(prune(program, sparsity={"mlp.*": 0.5}))[n]) for n, w in weights(late).items())
+
+
 @pytest.mark.parametrize("repair", ["nothing", "swap", "obs_update"])
 def test_two_of_four(repair: str) -> None:
     for weight in weights(prune(raised("llama"), score="wanda", granularity="2:4", repair=repair)).values():
@@ -169,6 +188,26 @@ def test_a_plan_gets_the_smaller_matrices_unless_it_says_no() -> None:
     assert "realise" in keys(granularity="units")
     assert "realise" not in keys(granularity="units", realise=False)
     assert "realise" not in keys(granularity="weights")
+
+
+def test_propagation_sees_the_pruned_layers() -> None:
+    """Layer by layer by hand: prune what comes first, calibrate the next on the program as it is by then."""
+    program, options = raised("llama"), {"score": "wanda", "allocation": "rows", "sparsity": 0.5, "repair": "obs_update"}
+    parts = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
+    by_hand = program
+    for layer in range(2):
+        for names in parts:
+            by_hand = prune(by_hand, **options, modules=tuple(f"layers.{layer}.*.{name}" for name in names))
+    at_once = applied(Prune(**options, propagate=True), program, CONTEXT)
+    for name, weight in weights(by_hand).items():
+        close(weights(at_once)[name], weight, 1e-4)
+    dense = weights(prune(program, **options))
+    assert any(not torch.equal(weight, dense[name]) for name, weight in weights(at_once).items())
+
+
+def test_propagation_without_calibration_is_the_same() -> None:
+    one, two = (prune(raised("gpt2"), sparsity=0.5, propagate=propagate) for propagate in (False, True))
+    assert all(torch.equal(one.params[name], value) for name, value in two.params.items())
 
 
 # ---- repairs -------------------------------------------------------------------------------------------------------------------------
@@ -258,6 +297,59 @@ def test_swap_of_no_cycles_is_nothing() -> None:
     assert all(torch.equal(a, b) for a, b in zip(weights(one).values(), weights(two).values(), strict=True))
 
 
+# ---- schedules and training ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_cubic_schedule() -> None:
+    """From the first share to the last, and level at the end."""
+    shares = Cubic(steps=100, initial=0.2).shares(0.8)
+    assert shares[0] == pytest.approx(0.2) and shares[-1] == 0.8 and len(shares) == 101
+    steps = np.diff(shares)
+    assert (steps > 0).all() and (np.diff(steps) < 0).all() and steps[-1] < 1e-6
+    assert Cubic(steps=1).shares(0.5) == [0.0, 0.5]
+
+
+@pytest.mark.parametrize("options", [{"granularity": "weights"}, {"granularity": "units"}], ids=str)
+def test_a_schedule_without_training_changes_nothing(options: dict[str, Any]) -> None:
+    """Magnitudes stay what they are, so the steps end where one step does."""
+    program = raised("llama")
+    one, many = (prune(program, sparsity=0.5, schedule=schedule, **options) for schedule in ("at_once", {"cubic": {"steps": 3}}))
+    assert one.params.keys() == many.params.keys()
+    for name, value in many.params.items():
+        assert torch.equal(value, one.params[name])
+
+
+def divergence(dense: Program, other: Program, samples: Tensor) -> float:
+    want, have = (probe(p, samples)["logits"].log_softmax(-1) for p in (dense, other))
+    return float((want.exp() * (want - have)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "cnn"])
+def test_training_makes_up_for_zeros_and_leaves_them(family: str) -> None:
+    program = apply(tiny_program(), FoldBatchNorm()) if family == "cnn" else raised(family)
+    samples = images(8, 20, 18) if family == "cnn" else TEXT
+    options: dict[str, Any] = {"sparsity": 0.6, "schedule": {"cubic": {"steps": 2}}}
+    tune = {"every": 3, "last": 12, "rate": 3e-3, "batch": 4}
+    before = {name: value.clone() for name, value in program.params.items()}
+    bare, trained = (applied(Prune(**options, tune=t), program, Context(samples)) for t in (None, tune))
+    assert divergence(program, trained, samples) < 0.8 * divergence(program, bare, samples)
+    zeros = {n: int((v == 0).sum()) for n, v in trained.params.items() if n.endswith("*m")}
+    assert zeros and all(count == round(0.6 * trained.params[n].numel()) for n, count in zeros.items())
+    assert all(torch.equal(program.params[n], v) for n, v in before.items())
+    assert any(n.endswith("*t") for n in trained.params)  # all weights are trained, not the pruned ones alone
+
+
+def test_training_of_no_steps_is_none() -> None:
+    one, two = (prune(raised("llama"), sparsity=0.5, tune=tune) for tune in (None, {"every": 0, "last": 0}))
+    assert all(torch.equal(one.params[name], value) for name, value in two.params.items())
+
+
+def test_refuses_training_that_diverges() -> None:
+    with pytest.raises(CompileError) as caught:
+        prune(raised("llama"), sparsity=0.5, tune={"last": 8, "rate": 1e30})
+    assert caught.value.code == "pass-refused" and "rate" in (caught.value.fix or "")
+
+
 # ---- refusals ------------------------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +360,10 @@ def test_swap_of_no_cycles_is_nothing() -> None:
         ({"sparsity": 1.0}, "less than 1"),
         ({"sparsity": 0.5, "granularity": "2:4"}, "N:M"),
         ({"granularity": "4:4"}, "removes nothing"),
+        ({"granularity": "units", "sparsity": 0.5, "propagate": True}, "every matrix"),
+        ({"granularity": "units", "sparsity": {"*": 0.5}}, "share one"),
+        ({"sparsity": {"*": 1.5}}, "less than 1"),
+        ({"granularity": "2:4", "schedule": "cubic"}, "schedule"),
         ({"granularity": "blocks", "sparsity": 0.5}, "granularity"),
         ({"granularity": "units", "sparsity": 0.5, "repair": "swap"}, "single weights"),
         ({"score": "taste", "sparsity": 0.5}, "taste"),
@@ -286,6 +382,7 @@ def test_refuses_plans(options: dict[str, Any], word: str) -> None:
         ({"granularity": "units", "sparsity": 0.99}, "prune-budget", "0."),
         ({"granularity": "heads", "sparsity": 0.5, "modules": ("q_proj",)}, "prune-frozen", "weights"),
         ({"sparsity": 0.5, "modules": ("experts",)}, "pass-no-match", "q_proj"),
+        ({"sparsity": {"experts": 0.5}}, "pass-no-match", "q_proj"),
         ({"sparsity": 0.5, "score": "wanda"}, "pass-refused", "calibration"),
         ({"sparsity": 0.5, "score": "wanda", "repair": "least_squares"}, "pass-refused", "channels"),
     ],

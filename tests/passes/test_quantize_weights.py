@@ -286,7 +286,7 @@ TEXT = Context(token_ids(4, 32, seed=9))
 OPTIONS: tuple[dict[str, object], ...] = (
     {"format": "nf2"},
     {"format": "nf3", "low_rank": 4},
-    {"format": "nf4", "rounding": "gptq"},
+    {"format": "nf4", "rounding": "gptq", "scales": "search"},
     {"format": "nf4", "budget": 4.8, "weigh": True},
     {"format": "codebook3", "tables": 3, "learn": 3},
     {"format": "int4_blocks", "low_rank": 3, "rounding": "gptq"},
@@ -320,10 +320,36 @@ def test_a_budget_is_kept_and_one_that_is_too_small_names_the_least() -> None:
     assert apply(raised("llama"), QuantizeWeights(format="nf3", block=16, budget=least)).history
 
 
+def test_gptq_calibrates_behind_what_is_rounded_already() -> None:
+    """The second of two products of one layer is rounded as if the program had the first one rounded: in one run and in two it is the same."""
+    program, last = raised("llama"), "layers.1.mlp.down_proj"
+    options: dict[str, object] = {"format": "int4_blocks", "block": 16, "rounding": "gptq", "scales": "search"}
+    whole = apply(program, QuantizeWeights.model_validate(options), context=TEXT)
+    first = apply(program, QuantizeWeights.model_validate({**options, "modules": {last: "none", "lm_head": "none"}}), context=TEXT)
+    both = apply(first, QuantizeWeights.model_validate({**options, "modules": {"lm_head": "none"}}), context=TEXT)
+    name = f"model.{last}.weight.int4"
+    assert torch.equal(both.params[name], whole.params[name])
+    alone = {"*": "none"}
+    fresh = apply(program, QuantizeWeights.model_validate({**options, "modules": {last: "int4_blocks", **alone}}), context=TEXT)
+    assert not torch.equal(fresh.params[name], whole.params[name])  # on the text as the float prefix makes it, others are chosen
+
+
+def test_gptq_with_searched_scales_costs_less_than_rounding_to_nearest() -> None:
+    program = raised("llama")
+    ids = token_ids(4, 16, seed=8)
+    wanted = probe(program, ids)["logits"]
+    errors = []
+    for options in ({}, {"rounding": "gptq"}, {"rounding": "gptq", "scales": "search"}):
+        part = QuantizeWeights.model_validate({"format": "int4_blocks", "block": 16, **options})
+        errors.append(float((probe(apply(program, part, context=Context(token_ids(16, 32, seed=9))), ids)["logits"] - wanted).norm()))
+    assert errors[1] < 0.95 * errors[0] and errors[2] < 0.9 * errors[0], errors
+
+
 def test_options_that_nothing_reads_are_refused() -> None:
     for options in (
         {"budget": 3.0},
         {"learn": 3},
+        {"format": "codebook4", "scales": "search"},
         {"low_rank": 8},
         {"format": "int4_blocks", "budget": 3.0},
         {"format": "nf4", "low_rank": -1},

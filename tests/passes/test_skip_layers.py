@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from planc.backends.reference import probe
 from planc.compiler.blocks import find_blocks
 from planc.compiler.plan import Plan
+from planc.compiler.units import find_units
 from planc.passes.skip_layers import SkipLayers
+from planc.passes.tap import Tap
 from planc.runtime.errors import CompileError, PlanError
 
 
@@ -76,6 +78,20 @@ def test_sublayers_equal_eager(family: str) -> None:
         close(probe(new, ids)["logits"], want)
         close(probe(decoding(new), ids)["logits"], want)
         assert len(decoding(new).states) == len(layers_of(module)) - len(attention)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "gpt_neox", "gemma3"])
+def test_a_layer_without_attention_is_still_a_layer(family: str) -> None:
+    """Its number stays, its MLP can go as well, and a tap finds what it hands on."""
+    program = applied(SkipLayers(attention=(1,)), raised(family))
+    before, after = (find_blocks(p) for p in (raised(family), program))
+    assert [b.index for b in after] == [b.index for b in before]
+    assert [(u.layer, u.kind) for u in find_units(program) if u.layer == 1] == [(1, "mlp")]
+    tapped, ids = apply(program, Tap(layers=(0, 1))), token_ids(1, 7)
+    out = probe(tapped, ids)
+    assert not torch.equal(out["tap.0"], out["tap.1"])
+    both = apply(program, SkipLayers(mlp=(1,)))
+    close(probe(both, ids)["logits"], probe(apply(raised(family), SkipLayers(layers=(1,))), ids)["logits"])
 
 
 def test_sublayers_beside_whole_layers() -> None:

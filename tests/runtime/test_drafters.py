@@ -110,6 +110,33 @@ def test_recycling_takes_any_width_of_top_ids(width: int) -> None:
     assert drafter.matrix[3, 0] == 4
 
 
+def test_recycling_prefers_the_successor_that_the_model_was_sure_of() -> None:
+    drafter, draft = RecyclingDrafter(V, k=2), Draft(1)
+    sure, torn = [9.0, 1.0], [1.0, 1.0]  # logits
+    top = [[2, 3], [4, 5], [6, 7]]
+    drafter.update(Verified(0, [1, 2, 3], [0, 1, 1], [0], [2], np.array(top), np.array([torn, torn, sure], dtype=np.float32)))
+    drafter.propose(Context(0, [1], 3, 5), draft)
+    assert paths(draft) == [[2], [3, 6]]
+    assert draft.p[1] == draft.p[2] < draft.p[3]
+
+
+def test_recycling_of_logits_alone_changes_no_row() -> None:
+    """Shares say in which order guesses are made, never which."""
+    with_logits, without = (RecyclingDrafter(V, k=3) for _ in range(2))
+    rng = np.random.default_rng(0)
+    for _ in range(40):
+        tokens, top = rng.integers(0, V, 4).tolist(), np.stack([rng.permutation(V)[:3] for _ in range(4)])
+        logits = -np.sort(-rng.normal(size=(4, 3)).astype(np.float32))
+        with_logits.update(Verified(0, tokens, [0, 1, 2, 3], [0, 1], top[:2, 0].tolist(), top, logits))
+        without.update(Verified(0, tokens, [0, 1, 2, 3], [0, 1], top[:2, 0].tolist(), top))
+    assert np.array_equal(with_logits.matrix, without.matrix)
+    drafts = []
+    for drafter in (with_logits, without):
+        drafts.append(Draft(1))
+        drafter.propose(Context(0, [1], 400, 3), drafts[-1])
+    assert sorted(paths(drafts[0])) == sorted(paths(drafts[1]))
+
+
 def test_recycling_grows_likeliest_first_and_skips_cold_rows() -> None:
     drafter, draft = RecyclingDrafter(V, k=2), Draft(1)
     drafter.matrix[1], drafter.matrix[2] = [2, 3], [4, 4]  # 3 and 4 are cold; 4 stands there twice
@@ -230,6 +257,7 @@ class AcceptedOnly(RecyclingDrafter):
             0, [verified.tokens[r] for r in rows], [verified.depths[r] for r in rows], list(range(len(rows))), verified.chosen
         )
         accepted.top_ids = verified.top_ids[rows]
+        accepted.top_logits = None if verified.top_logits is None else verified.top_logits[rows]
         super().update(accepted)
 
 

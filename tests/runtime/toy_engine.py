@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from planc.runtime.engine import EngineSpec, Floats, Ints, Outputs, Step
+from planc.runtime.engine import Cache, EngineSpec, Floats, Ints, Outputs, Step
 
 _M = np.uint64(0xBF58476D1CE4E5B9)
 _N = np.uint64(0x94D049BB133111EB)
@@ -26,7 +26,7 @@ def _mix(h: int, size: int) -> NDArray[np.float64]:
     return (z >> np.uint64(11)).astype(np.float64) / 2**53
 
 
-class ToyCache:
+class ToyCache(Cache):
     def __init__(self, batch: int, capacity: int) -> None:
         self.lengths: Ints = np.zeros(batch, dtype=np.int64)
         self.capacity = capacity
@@ -126,10 +126,13 @@ class ToyEngine:
             for r in range(first, run):
                 visible = cache.slots[b][:length] + [cache.slots[b][length + a] for a in paths[r]]
                 out[place, r - first] = self.logits(visible)
+        top_ids = np.argsort(-out, axis=-1, kind="stable")[..., : self.spec.top_k].astype(np.int64) if top_k else None
         outputs = Outputs(
             argmax=out.argmax(-1),
             logits=out if logits else None,
-            top_ids=np.argsort(-out, axis=-1, kind="stable")[..., : self.spec.top_k].astype(np.int64) if top_k else None,
+            top_ids=top_ids,
+            top_logits=None if top_ids is None else np.take_along_axis(out, top_ids, -1),
         )
-        self._handed_out = [array for array in (outputs.argmax, outputs.logits, outputs.top_ids) if array is not None]
+        handed = (outputs.argmax, outputs.logits, outputs.top_ids, outputs.top_logits)
+        self._handed_out = [array for array in handed if array is not None]
         return outputs

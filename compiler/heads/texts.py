@@ -1,0 +1,120 @@
+"""Conversations that a target wrote: what draft heads learn from. A head must guess this target's text, not somebody else's."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from planc.runtime.engine import Ints
+from planc.runtime.errors import InputError
+from planc.runtime.executable import Executable, Generation
+
+TEMPERATURES = (0.0, 0.8, 0.8)  # of answers, in turn: a head is used greedily and for sampling
+_BATCH = 16  # conversations in a file
+_PROMPT = 320  # longest prompt, in tokens
+_LOOP = 4  # how often four tokens in a row may come again before an answer counts as a loop, which is too easy to guess to learn from
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Token ids of conversations; the answer of conversation i begins at `starts[i]`."""
+
+    tokens: tuple[Ints, ...]
+    starts: tuple[int, ...]
+
+    @property
+    def written(self) -> int:
+        """Tokens of all answers."""
+        return sum(len(ids) - start for ids, start in zip(self.tokens, self.starts, strict=True))
+
+    def part(self, which: Sequence[int]) -> Texts:
+        """Some of the conversations."""
+        return Texts(tuple(self.tokens[i] for i in which), tuple(self.starts[i] for i in which))
+
+    def frequent(self, count: int, always: Sequence[int] = ()) -> Ints:
+        """The `count` commonest tokens of the answers, ascending, lower ids first on ties; `always` are among them (papers/48)."""
+        seen: Counter[int] = Counter()
+        for ids, start in zip(self.tokens, self.starts, strict=True):
+            seen.update(ids[start:].tolist())
+        kept = sorted(set(always))
+        for token, _ in sorted(seen.items(), key=lambda item: (-item[1], item[0])):
+            if len(kept) >= count:
+                break
+            if token not in always:
+                kept.append(token)
+        return np.array(sorted(kept), dtype=np.int64)
+
+
+def write_texts(
+    exe: Executable, prompts: Sequence[str | Sequence[int]], folder: Path, tokens: int, longest: int, progress: Callable[[int, int], None]
+) -> Texts:
+    """Let the target answer the prompts, over and over with other noise, until it has written `tokens`.
+
+    Every `_BATCH` answers are a file in `folder`; what lies there already counts, so that an interrupted run goes on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_texts(folder)
+    chats = [_chat(exe, prompt) for prompt in prompts]
+    number = len(list(folder.glob("texts-*.npz"))) * _BATCH
+    while done.written < tokens:
+        made = list[tuple[list[int], int]]()
+        for index in range(number, number + _BATCH):
+            ids = chats[index % len(chats)]
+            answer = exe.generate(
+                ids, max_new_tokens=longest, temperature=TEMPERATURES[index % len(TEMPERATURES)], top_p=0.95, seed=index // len(chats)
+            )
+            assert isinstance(answer, Generation)
+            if not loops(answer.ids):
+                made.append(([*ids, *answer.ids], len(ids)))
+        _save(folder / f"texts-{number:06}.npz", made)
+        number += _BATCH
+        if not made and number > 4 * len(chats):
+            raise InputError(
+                "input-invalid", "the target's answers all loop, and a head learns nothing from them", fix="give other prompts"
+            )
+        done = read_texts(folder)
+        progress(min(done.written, tokens), tokens)
+    return done
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Whether four tokens in a row come again too often."""
+    seen = Counter(zip(ids, ids[1:], ids[2:], ids[3:], strict=False))
+    return bool(seen) and max(seen.values()) > _LOOP
+
+
+def read_texts(folder: Path) -> Texts:
+    """All conversations that lie in a folder."""
+    tokens, starts = list[Ints](), list[int]()
+    for path in sorted(folder.glob("texts-*.npz")):
+        with np.load(path, allow_pickle=False) as data:
+            tokens += [np.asarray(ids, dtype=np.int64) for ids in np.split(data["tokens"], np.cumsum(data["lengths"])[:-1]) if len(ids)]
+            starts += data["starts"].tolist()
+    return Texts(tuple(tokens), tuple(starts))
+
+
+def _chat(exe: Executable, prompt: str | Sequence[int]) -> list[int]:
+    """Token ids of a prompt as a user's turn, where the model has a chat template; long ones are cut. Ids stay as they are."""
+    if not isinstance(prompt, str):
+        return list(prompt)
+    if exe.text.chat_template is not None:
+        frame = len(exe.text.apply_chat([{"role": "user", "content": ""}]))
+        cut = exe.text.decode(exe.text.encode(prompt, special=False)[: _PROMPT - frame])
+        return exe.text.apply_chat([{"role": "user", "content": cut}])
+    return exe.text.encode(prompt)[:_PROMPT]
+
+
+def _save(path: Path, made: Sequence[tuple[list[int], int]]) -> None:
+    partial = path.with_suffix(".partial")
+    with partial.open("wb") as file:
+        np.savez(
+            file,
+            tokens=np.array([token for ids, _ in made for token in ids], dtype=np.int32),
+            lengths=np.array([len(ids) for ids, _ in made], dtype=np.int64),
+            starts=np.array([start for _, start in made], dtype=np.int64),
+        )
+    partial.rename(path)
