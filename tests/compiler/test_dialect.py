@@ -42,6 +42,25 @@ def _cached_attention(n: Draw) -> tuple[Any, ...]:
     return (q, k, v, *past, lengths, bias, scale, window, softcap)
 
 
+def _segment_bias(n: Draw) -> tuple[Any, ...]:
+    batch = n(1, 3)
+    return torch.randint(0, 4, (batch, n(1, 6))), torch.randint(0, 4, (batch, n(1, 6)))
+
+
+def _slot_write(n: Draw) -> tuple[Any, ...]:
+    batch, heads, slots, width = n(1, 3), n(1, 3), n(2, 6), n(1, 4)
+    rows = n(1, slots)
+    where = torch.stack([torch.randperm(slots)[:rows] for _ in range(batch)])
+    return torch.randn(batch, heads, slots, width), torch.randn(batch, rows, heads, width), where
+
+
+def _attention_probe(n: Draw) -> tuple[Any, ...]:
+    batch, rows, keys, group, heads, width = n(1, 3), n(1, 4), n(1, 5), n(1, 3), n(1, 2), n(1, 4)
+    q, k = torch.randn(batch, rows, group * heads, width), torch.randn(batch, keys, heads, width)
+    watched = torch.randint(0, rows, (batch,))
+    return q, k, torch.randn(batch, 1, rows, keys), watched, torch.rand(batch, rows), width**-0.5, (0.0, 5.0)[n(0, 1)]
+
+
 def _stored_attention(n: Draw) -> tuple[Any, ...]:
     q, k, v, past_k, past_v, lengths, bias, *rest = _cached_attention(n)
     stored = [torch.randn(k.shape[0], k.shape[2], count, w) for count in (n(0, 5),) for w in (k.shape[3], v.shape[3])]
@@ -168,6 +187,9 @@ INPUTS = {
     "upsample2d": _upsample2d,
     "attention": _attention,
     "cached_attention": _cached_attention,
+    "segment_bias": _segment_bias,
+    "slot_write": _slot_write,
+    "attention_probe": _attention_probe,
     "stored_attention": _stored_attention,
     "stored_int8": _stored_int8,
     "stored_bitmap": _stored_bitmap,

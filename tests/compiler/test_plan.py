@@ -240,7 +240,7 @@ def test_a_part_of_another_kind_is_named_as_such() -> None:
             5,
             "did you mean 'layers'? fields: factor, layers",
         ),
-        ("name: demo", "nme: demo", "plan-unknown-field", "the plan has no field 'nme'", 2, "did you mean 'name'? fields: decode"),
+        ("name: demo", "nme: demo", "plan-unknown-field", "the plan has no field 'nme'", 2, "did you mean 'name'? fields: calibration"),
         ("{k: 4}", "{kk: 4}", "plan-unknown-field", "token_recycling has no field 'kk'", 10, "did you mean 'k'? fields: k, "),
         ("[1, 2]", "[1, x]", "plan-bad-value", "passes[0].test_drop_part.layers[1]: expected an integer, got 'x'", 5, None),
         (
