@@ -37,9 +37,9 @@ def test_run() -> None:
 def test_a_value_that_is_sent_back_takes_the_place_of_the_other() -> None:
     x = torch.randn(3)
     steps = execute(trace_module(_Chain(), (x,), ModelInfo("chain", 0, 1)), {"x": x})
-    node, value = next(steps)
+    _, value = next(steps)
     assert torch.equal(value, x + 1)
-    node, value = steps.send(torch.full((3,), 2.0))
+    _, value = steps.send(torch.full((3,), 2.0))
     assert torch.equal(value, torch.full((3,), 4.0))
     *_, (_, outputs) = steps
     assert outputs["output.0"].tolist() == [4.0] * 3 and outputs["output.1"].tolist() == [2.0] * 3
