@@ -59,8 +59,8 @@ def _kernel(
         odd = (((both >> 4).to(tl.float32) - zero) * scale).to(x_ptr.dtype.element_ty)
         x_places = x_ptr + rows[:, None].to(tl.int64) * stride_x + 2 * places[None, :]
         present = (rows[:, None] < M) & (places[None, :] < K // 2)
-        sums = tl.dot(tl.load(x_places, mask=present, other=0.0), even, sums, input_precision="ieee")
-        sums = tl.dot(tl.load(x_places + 1, mask=present, other=0.0), odd, sums, input_precision="ieee")
+        sums = tl.dot(tl.load(x_places, mask=present, other=0.0), even, sums, input_precision="tf32x3")
+        sums = tl.dot(tl.load(x_places + 1, mask=present, other=0.0), odd, sums, input_precision="tf32x3")
     if BIAS:
         sums += tl.load(bias_ptr + outputs, mask=outputs < N, other=0.0).to(tl.float32)[None, :]
     inside = (rows[:, None] < M) & (outputs[None, :] < N)
