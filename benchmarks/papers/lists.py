@@ -20,6 +20,7 @@ TASKS = ("copy", "reverse", "replace_index", "shuffle", "sum", "trace")
 DETERMINISTIC = ("copy", "reverse", "replace_index", "sum", "trace")
 SEED = 7  # of held-out examples; training draws from other streams, and there are far more examples than it can have seen
 POINT = 0.01
+LEARNED = 0.9  # share of right answers, one slot a pass, below which a model has not learned enough for a condition about accuracy to mean anything
 
 
 @cache
@@ -57,4 +58,4 @@ def started(exe: Filler, example: Example, key: int = 0, plan: Masked | None = N
     return Filling(exe.engine, [canvas], exe.plan if plan is None else plan, exe.decode.sampling)
 
 
-__all__ = ["DETERMINISTIC", "MODEL", "POINT", "TASKS", "filler", "held_out", "judge", "passes", "same", "started"]
+__all__ = ["DETERMINISTIC", "LEARNED", "MODEL", "POINT", "TASKS", "filler", "held_out", "judge", "passes", "same", "started"]

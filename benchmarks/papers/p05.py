@@ -9,7 +9,7 @@ import numpy as np
 from planc.compiler.papers import Item, paper
 from planc.runtime.filler import Filler
 from planc.runtime.masked import LocalRelaxed
-from planc_paper_checks.lists import DETERMINISTIC, POINT, filler, held_out, judge, passes, same, started
+from planc_paper_checks.lists import DETERMINISTIC, LEARNED, POINT, filler, held_out, judge, passes, same, started
 
 COUNT = 40
 
@@ -27,6 +27,7 @@ def local_leap() -> Iterator[Item]:
     figures = {"passes_threshold": passes(threshold), "passes_local": passes(local), "slots": exe.decode.max_new_tokens}
     figures |= {"accuracy_threshold": threshold.share(), "accuracy_local": local.share()}
     fewer = passes(local) <= 0.9 * passes(threshold) and passes(local) <= 0.5 * exe.decode.max_new_tokens
+    fewer = fewer and threshold.share() >= LEARNED
     yield Item(
         3,
         "passes <= 0.9 times and <= half of the slots, accuracy within a point",

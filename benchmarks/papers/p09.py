@@ -10,7 +10,7 @@ import numpy as np
 from planc.compiler.papers import Item, paper
 from planc.runtime.filler import ONE_A_PASS, Filler
 from planc.runtime.masked import LearnedFilter, Oracle
-from planc_paper_checks.lists import DETERMINISTIC, POINT, filler, held_out, judge, passes, same, started
+from planc_paper_checks.lists import DETERMINISTIC, LEARNED, POINT, filler, held_out, judge, passes, same, started
 
 COUNT = 40
 TAUS = (0.999, 0.99, 0.98, 0.97, 0.96, 0.95, 0.93, 0.9, 0.85, 0.8, 0.7)
@@ -40,7 +40,12 @@ def learn2pd() -> Iterator[Item]:
         "accuracy_plain": plain.share(),
     }
     figures["precision"] = _precision(whole)
-    held = passes(fitted) <= 0.5 * passes(plain) and fitted.share() >= plain.share() - POINT and figures["precision"] >= 0.97
+    held = (
+        passes(fitted) <= 0.5 * passes(plain)
+        and fitted.share() >= plain.share() - POINT
+        and figures["precision"] >= 0.97
+        and plain.share() >= LEARNED
+    )
     yield Item(3, "<= half of the passes, accuracy within a point, precision >= 0.97", held, figures)
     tuned = {tau: judge(whole.with_plan(select={"threshold": {"tau": tau}}), examples) for tau in TAUS}
     as_good = {tau: passes(result) for tau, result in tuned.items() if result.share() >= fitted.share()}

@@ -11,7 +11,7 @@ from planc.compiler.papers import Item, paper
 from planc.compiler.suites.parallelbench import ANSWER_AT, Example
 from planc.compiler.suites.run import Result, words
 from planc.runtime.filler import Filler
-from planc_paper_checks.lists import POINT, filler, held_out, judge, passes, same, started
+from planc_paper_checks.lists import LEARNED, POINT, filler, held_out, judge, passes, same, started
 
 COUNT = 200
 NEVER: dict[str, Any] = {"gap_all_in": {"offset": ANSWER_AT + 1, "length": 1, "thresholds": [float("inf")], "knots": []}}
@@ -44,6 +44,7 @@ def prophet() -> Iterator[Item]:
     }
     figures |= {"trace": _traces(exe, examples, early), "trace_plain": _traces(exe, examples, plain)}
     held = figures["answer"] >= figures["answer_plain"] - POINT and figures["passes"] <= 0.6 * figures["passes_plain"]
+    held = held and figures["answer_plain"] >= LEARNED
     yield Item(3, "answers within a point in <= 60 % of the passes", held, figures)
     answer, trace = _half_way(exe, examples)
     yield Item(

@@ -12,7 +12,7 @@ from planc.runtime.filler import Filler
 from planc.runtime.masked import Canvas, Credit
 from planc.runtime.masked.credit import CreditOf
 from planc.runtime.masked.engine import Reply, reply_of
-from planc_paper_checks.lists import DETERMINISTIC, POINT, filler, held_out, judge, passes, same, started
+from planc_paper_checks.lists import DETERMINISTIC, LEARNED, POINT, filler, held_out, judge, passes, same, started
 
 COUNT = 40
 TAUS = (0.88, 0.86, 0.84, 0.82, 0.8, 0.75, 0.7, 0.65, 0.6)
@@ -34,7 +34,7 @@ def credit_decoding() -> Iterator[Item]:
     lower = {tau: judge(exe.with_plan(fusion=None, select={"threshold": {"tau": tau}}), examples) for tau in TAUS}
     equal = min(lower, key=lambda tau: (abs(passes(lower[tau]) - passes(credit)), -tau))  # the threshold that takes as many passes
     figures |= {"equal_tau": equal, "equal_passes": passes(lower[equal]), "equal_accuracy": lower[equal].share()}
-    faster = passes(credit) <= 0.9 * passes(threshold) and credit.share() >= threshold.share() - POINT
+    faster = passes(credit) <= 0.9 * passes(threshold) and credit.share() >= threshold.share() - POINT and threshold.share() >= LEARNED
     yield Item(
         4,
         "passes <= 0.9 times, accuracy within a point, and no worse than a lower threshold",
