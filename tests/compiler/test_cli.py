@@ -214,8 +214,9 @@ def test_no_plan_or_artifact_there(tmp_path: Path) -> None:
 
 def test_ctrl_c_is_status_130() -> None:
     code = """
-    import time
+    import signal, time
     from planc.compiler import cli, store
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # shells start background jobs with it ignored
     def wait(plan, model):
         print("ready", flush=True)
         time.sleep(60)
