@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -113,6 +114,7 @@ class Server:
 
 
 def main() -> int:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # how the parent ends a busy worker; background jobs start with it ignored
     here = os.path.dirname(os.path.abspath(__file__))
     sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry or ".") != here]  # transformers.py here must not hide the library
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
