@@ -13,6 +13,7 @@ from planc.compiler.blocks import find_blocks
 from planc.compiler.passbase import Pass
 from planc.compiler.plan import Plan
 from planc.compiler.plan_source import Source
+from planc.compiler.program import Program
 from planc.compiler.skip_fit import fit_skip
 from planc.passes.attach_head import AttachHead
 from planc.passes.kv_cache import KvCache
@@ -109,14 +110,14 @@ def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: P
     if part.file is None:
         message = "draft_head has no trained head yet"
         raise PlanError("plan-bad-value", message, plan=place, fix="name a `file`, and make it with `planc fit`")
-    passes = (*head_passes(planned, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
+    passes = (*head_passes(planned.program, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
     plan = Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target)
     _write(planned, planned.model, plan, target, measure, note, "the draft head")
 
 
-def head_passes(planned: Planned, part: DraftHead) -> tuple[Pass, ...]:
+def head_passes(target: Program, part: DraftHead) -> tuple[Pass, ...]:
     """What makes the target a draft head that is not trained yet."""
-    layers = [block.index for block in find_blocks(planned.program)]
+    layers = [block.index for block in find_blocks(target)]
     layer = layers[part.layer] if -len(layers) <= part.layer < 0 else part.layer
     return SkipLayers(keep=(layer,)), AttachHead(fuse=part.fuse, feedback=part.feedback)
 

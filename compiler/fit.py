@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import PrivateAttr
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import nn
 
 from planc.compiler.compile import compile as compile_plan
+from planc.compiler.files import write
 from planc.compiler.plan import Plan
 from planc.runtime.engine import Floats
 from planc.runtime.errors import PlanError
@@ -120,6 +121,4 @@ def fit_filter(
 
 def _write(network: nn.Sequential, path: Path) -> None:
     values = list(network.parameters())
-    partial = path.with_suffix(".partial")
-    save_file({name: value.detach().contiguous() for name, value in zip(NAMES, values, strict=True)}, partial)
-    partial.replace(path)
+    write(path, save({name: value.detach().contiguous() for name, value in zip(NAMES, values, strict=True)}))

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from planc.compiler.blocks import head_of
 from planc.compiler.compile import compile as compile_model
-from planc.compiler.compile import raised, rewrite
+from planc.compiler.compile import raised
 from planc.compiler.drafts import head_passes
 from planc.compiler.files import write
 from planc.compiler.heads.states import states_of_texts
 from planc.compiler.heads.texts import Texts, write_texts
 from planc.compiler.heads.train import LOGITS, Data, Options, Score, Trainer
+from planc.compiler.models import load_model
 from planc.compiler.passbase import Context
 from planc.compiler.pipeline import run_passes
 from planc.compiler.plan import Plan
-from planc.compiler.plan_source import Source
 from planc.compiler.program import Program
 from planc.compiler.search.picture import Front, png
 from planc.passes.load_weights import FITS, VOCABULARY, fingerprint
@@ -154,8 +154,8 @@ def _target(model: Any, plan: Plan, progress: Progress) -> Executable:
 
 def untrained(model: Any, plan: Plan, part: DraftHead) -> tuple[Program, str, Tensor]:
     """The head to train, over float weights; the fingerprint of what it leaves as it is; the target's output layer [V, K]."""
-    bare = rewrite(model, Plan(Source(str(plan.folder / "head.yaml"))), check=False)
-    program, _ = run_passes(raised(bare.model), head_passes(bare, part), Context(folder=plan.folder))
+    target = raised(load_model(model))
+    program, _ = run_passes(target, head_passes(target, part), Context(folder=plan.folder))
     product: Any = head_of(program)
     head = program.params[str(product.args[1].target)]
     edit = program.edit("fit")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from planc.compiler.files import write
 from planc.runtime.engine import Ints
 from planc.runtime.errors import InputError
 from planc.runtime.executable import Executable, Generation
@@ -109,12 +111,11 @@ def _chat(exe: Executable, prompt: str | Sequence[int]) -> list[int]:
 
 
 def _save(path: Path, made: Sequence[tuple[list[int], int]]) -> None:
-    partial = path.with_suffix(".partial")
-    with partial.open("wb") as file:
-        np.savez(
-            file,
-            tokens=np.array([token for ids, _ in made for token in ids], dtype=np.int32),
-            lengths=np.array([len(ids) for ids, _ in made], dtype=np.int64),
-            starts=np.array([start for _, start in made], dtype=np.int64),
-        )
-    partial.rename(path)
+    packed = io.BytesIO()
+    np.savez(
+        packed,
+        tokens=np.array([token for ids, _ in made for token in ids], dtype=np.int32),
+        lengths=np.array([len(ids) for ids, _ in made], dtype=np.int64),
+        starts=np.array([start for _, start in made], dtype=np.int64),
+    )
+    write(path, packed.getvalue())

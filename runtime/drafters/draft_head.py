@@ -11,7 +11,6 @@ graph; nothing here depends on it.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +18,7 @@ from pydantic import Field
 
 from planc.runtime.builders import BuilderItem
 from planc.runtime.drafters.base import Context, DrafterPart, Host, Loaded, Verified
-from planc.runtime.drafters.draft_model import Economy, Floor, chain
+from planc.runtime.drafters.draft_model import Economy, Floor, guess
 from planc.runtime.engine import CHAIN, Cache, Floats, Outputs, Step
 from planc.runtime.errors import PlanError
 from planc.runtime.trees import Draft
@@ -66,7 +65,8 @@ class DraftHead(DrafterPart):
 class HeadDrafter:
     """Runtime object of `DraftHead`: a `StateSource` per row of the batch."""
 
-    key, prompt_rows, top_k = DraftHead.key, 0, 0
+    prompt_rows = 0
+    top_k = 0
 
     def __init__(self, host: Host, model: Loaded, options: DraftHead) -> None:
         self._model, self._builder = model, options.builder
@@ -90,11 +90,7 @@ class HeadDrafter:
         most = min(context.budget, context.depth, self._model.capacity - len(context.tokens))
         if most <= 0 or context.paused or not source.ready(context.tokens):
             return
-        if self._builder is not None:
-            row, head_pass = self._economy.prices(len(context.tokens))
-            self._builder.grow(source, replace(context, depth=most, row_price=row, pass_price=head_pass), draft, self.key)
-        elif self._economy.worth(context):
-            chain(source, context, draft, most, self._economy, self._eos, self.key)
+        guess(source, context, draft, most, self._builder, self._economy, self._eos, DraftHead.key)
 
     def update(self, verified: Verified) -> None:
         """Remember the states behind tokens that are now text."""

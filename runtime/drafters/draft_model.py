@@ -113,14 +113,28 @@ class ModelDrafter:
         most = min(context.budget, context.depth, source.room(context.tokens))
         if most <= 0 or context.paused:
             return
-        if self._builder is not None:
-            row, draft_pass = self._economy.prices(len(context.tokens))
-            self._builder.grow(source, replace(context, depth=most, row_price=row, pass_price=draft_pass), draft, "draft_model")
-        elif self._economy.worth(context):
-            chain(source, context, draft, most, self._economy, self._eos, "draft_model")
+        guess(source, context, draft, most, self._builder, self._economy, self._eos, DraftModel.key)
 
     def update(self, verified: Verified) -> None:
         """Nothing: what was committed is read from the text."""
+
+
+def guess(
+    source: Source,
+    context: Context,
+    draft: Draft,
+    most: int,
+    builder: BuilderPart | None,
+    economy: Economy,
+    eos: frozenset[int],
+    key: str,
+) -> None:
+    """Add what the source thinks, at most `most` deep: the builder's tree, or one chain where drafting is worth its passes."""
+    if builder is not None:
+        row, own_pass = economy.prices(len(context.tokens))
+        builder.grow(source, replace(context, depth=most, row_price=row, pass_price=own_pass), draft, key)
+    elif economy.worth(context):
+        chain(source, context, draft, most, economy, eos, key)
 
 
 @dataclass(frozen=True)
