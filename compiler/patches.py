@@ -6,12 +6,14 @@ cut's rows and columns, each time on the part of the image that the cell needs; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.fx import Node
 
 from planc.compiler.dialect import CONVOLUTIONS, OPS
@@ -21,6 +23,7 @@ from planc.compiler.program import Program
 
 GRID = (1, 2, 3, 4, 6)  #: rows and columns of the grids that are tried
 V = TypeVar("V")
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ def one_part(stage: Stage, image: V, cell: Cell, emit: Emitter[V]) -> V:
 
 
 def macs(node: Node) -> int:
-    """Multiplications of a product for one image."""
+    """Multiplications of a product, or of an attention, for one image."""
     name = getattr(node.target, "__name__", "")
     if node.target in CONVOLUTIONS:
         weight: Any = node.args[1]
@@ -145,6 +148,10 @@ def macs(node: Node) -> int:
         for size in positions:
             total *= size
         return total
+    if node.target is _aten.scaled_dot_product_attention.default or node.target is OPS.attention.default:
+        rows, keys, values = ([int(s) for s in n.meta["val"].shape[1:]] for n in node.args[:3])  # type: ignore[union-attr]
+        keys_axis = 0 if node.target is OPS.attention.default else -2  # q [B,R,H,D], k [B,T,G,D]; or q [B,...,R,D], k [B,...,T,D]
+        return math.prod(rows[:-1]) * keys[keys_axis] * (rows[-1] + values[-1])
     return 0
 
 

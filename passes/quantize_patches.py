@@ -82,9 +82,9 @@ class QuantizePatches(Pass):
     classes: Literal["outliers", "random"] = Field(
         "outliers", description="which parts keep 8 bits: those whose values have outliers, or as many others drawn at random"
     )
-    deviations: float = Field(3.0, gt=0, description="an outlier is so many standard deviations or more from the mean of the map")
+    deviations: float = Field(4.0, gt=0, description="an outlier is so many standard deviations or more from the mean of the map")
     fraction: float = Field(
-        1e-4, ge=0, lt=1, description="a part has outliers in an image where more than this share of its values are some"
+        1e-3, ge=0, lt=1, description="a part has outliers in an image where more than this share of its values are some"
     )
     images: float = Field(0.5, ge=0, le=1, description="a part keeps 8 bits where it has outliers in more than this share of the images")
     entropy: float = Field(
@@ -129,18 +129,18 @@ class QuantizePatches(Pass):
         return edit.done(len(maps), len(narrow), notes) if narrow else program
 
     def classify(self, parts: Sequence[Part], counts: Mapping[Map, Tensor]) -> set[Interval]:
-        """The parts that keep 8 bits. What is looked at is the first map that a product makes: pixels are bounded, and have no outliers."""
-        first = {p.place: next((m for m in p.maps if m.makers[0].target in _PRODUCTS), p.maps[0]) for p in parts if p.maps}
-        total = torch.stack([counts[m].sum(0) for m in first.values()]).sum(0)
+        """The parts that keep 8 bits. What is looked at is the map that the parts share, where every value belongs to one part."""
+        last = {p.place: next((m for m in reversed(p.maps) if m.shared), p.maps[-1]) for p in parts if p.maps}
+        total = torch.stack([counts[m].sum(0) for m in last.values()]).sum(0)
         mean = (_ALL * total).sum() / total.sum()
         spread = ((_ALL - mean) ** 2 * total).sum().div(total.sum()).sqrt()
         far = (_ALL - mean).abs() > self.deviations * spread
-        shares = {place: counts[m][:, far].sum(1) / counts[m].sum(1) for place, m in first.items()}
+        shares = {place: counts[m][:, far].sum(1) / counts[m].sum(1) for place, m in last.items()}
         found = {place for place, share in shares.items() if float((share > self.fraction).double().mean()) > self.images}
         if self.classes == "outliers":
             return found
-        order = torch.randperm(len(first), generator=torch.Generator().manual_seed(self.seed)).tolist()
-        return {list(first)[i] for i in order[: len(found)]}
+        order = torch.randperm(len(last), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        return {list(last)[i] for i in order[: len(found)]}
 
     def scores(self, maps: Sequence[Map], counts: Mapping[Map, Tensor]) -> dict[tuple[Map, int], float]:
         """Saved bit operations and lost entropy of every map at every width, each as a share of the largest, and weighed."""
@@ -168,9 +168,6 @@ class QuantizePatches(Pass):
                 )
             best = max(wide, key=lambda m: scores[m, narrower[m.bits]])
             best.bits = narrower[best.bits]
-
-
-_PRODUCTS = (OPS.conv2d_int8.default, OPS.add_int8.default)
 
 
 def find_parts(program: Program) -> list[Part]:
