@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,6 +62,7 @@ def paper_template() -> Template:
 class TokenRecycling(DrafterPart):
     """Guesses along the successors that the model last ranked highest for each token (papers/20)."""
 
+    data_file: ClassVar[str | None] = "warm"
     k: Annotated[int, Field(ge=1, le=64)] = 8
     prefill_update: bool = True
     prefill_rows: Annotated[int, Field(ge=1)] = 32
