@@ -62,7 +62,7 @@ def attach_drafts(
         return manifest
     decode = Decode.model_validate(manifest.decode)
     assert decode.speculative is not None
-    drafters = list(decode.speculative.drafter)
+    drafters: list[DrafterPart | None] = list(decode.speculative.drafter)
     for index, part in parts.items():
         place = planned.plan.where("decode", "speculative", "drafter", index)
         try:
@@ -76,11 +76,12 @@ def attach_drafts(
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found
             else:
-                drafters[index] = _attach_data(planned, part, index, directory)
+                drafters[index] = _attach_data(planned, part, index, directory, note)
         except PlanError as error:
             error.plan = error.plan or place
             raise
-    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": tuple(drafters)})})
+    left = tuple(part for part in drafters if part is not None)
+    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": left}) if left else None})
     return manifest.model_copy(update={"decode": decode.model_dump(mode="json"), "extra": extra})
 
 
@@ -125,18 +126,26 @@ def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: P
     _write(planned, planned.model, plan, target, measure, note, "the draft head")
 
 
-def _attach_data(planned: Planned, part: DrafterPart, index: int, directory: Path) -> DrafterPart:
-    """Copy the file that a drafter reads into the artifact, after it was read once; the drafter that finds it there."""
-    name, found = data_of(part), part.located(planned.plan.folder)
-    source = data_of(found)
-    assert name is not None and source is not None and part.data_file is not None
-    found.build(planned.program.info.vocab_size)
+def file_for(path: str, model: str) -> str:
+    """A path of a plan with the model's name in the place of `{model}`."""
+    return path.replace("{model}", Path(model).name)
+
+
+def _attach_data(planned: Planned, part: DrafterPart, index: int, directory: Path, note: Callable[[str], None]) -> DrafterPart | None:
+    """Copy the file that a drafter reads into the artifact, after it was read once; the drafter that finds it there, None if it is left out."""
+    name, vocabulary_size = data_of(part), planned.program.info.vocab_size
+    assert name is not None and part.data_file is not None
+    source = _beside(planned.plan, file_for(name, planned.model.name))
+    if isinstance(part, NgramModel) and part.optional and not source.exists():
+        note(f"no {source}: compiled without it; `planc fit` makes one")
+        return None
+    part.model_copy(update={part.data_file: str(source)}).build(vocabulary_size)
     if isinstance(part, NgramModel) and (tokenizer := planned.model.tokenizer_files.get(TOKENIZER)) is not None:
-        made_for = load_table(source, planned.program.info.vocab_size).about.get("tokenizer")
+        made_for = load_table(source, vocabulary_size).about.get("tokenizer")
         if made_for is not None and made_for != sha256(tokenizer):
             message = f"ngram_model: {name} was counted on the token ids of another model"
             raise PlanError("draft-mismatch", message, fix="make one for this model with `planc fit`")
-    place = f"{DATA}/{index}{Path(source).suffix}"
+    place = f"{DATA}/{index}{source.suffix}"
     (directory / DATA).mkdir(exist_ok=True)
     shutil.copyfile(source, directory / place)
     return part.model_copy(update={part.data_file: place})

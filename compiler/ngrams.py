@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from planc.compiler.compile import compile as compile_model
+from planc.compiler.drafts import file_for
 from planc.compiler.files import write
 from planc.compiler.heads.texts import LANES, Texts, write_texts
 from planc.compiler.plan import Plan
@@ -92,14 +93,14 @@ def fit_ngrams(
     part = part_of_plan(plan)
     if part is None:
         raise PlanError("plan-requires", "the plan has no ngram_model", fix="add `ngram_model: {file: NAME.npz}` to its drafters")
-    target_file = out or (plan.folder / part.file if part.file is not None else None)
-    if target_file is None:
+    if out is None and part.file is None:
         raise PlanError("plan-bad-value", "ngram_model names no file to write", fix="give it `file: NAME.npz`, or say --out")
     progress("compiling the target", 0, 1)
     decode = plan.decode.model_copy(update={"speculative": None, "batching": Batching(sequences=LANES)})
     bare = plan.model_copy(update={"decode": decode})
     exe = compile_model(model, bare, measure=False)
-    assert isinstance(exe, Executable)
+    assert isinstance(exe, Executable) and exe.manifest is not None
+    target_file = out or plan.folder / file_for(part.file or "", exe.manifest.model)
     work = work or target_file.with_suffix(".fit")
     texts = write_texts(exe, prompts, work, tokens, longest, lambda done, total: progress("the target writes", done, total))
     if texts.written < _LEAST:
@@ -109,7 +110,7 @@ def fit_ngrams(
     held = max(1, round(_HELD_OUT * len(known)))
     vocabulary = exe.engine.spec.vocab_size
     agreement = agreement_of(count(known[held:], part.order, part.successors, vocabulary), known[:held])
-    about = {"model": exe.manifest.model if exe.manifest else "", "tokens": texts.written, "agreement": round(agreement, 4)}
+    about = {"model": exe.manifest.model, "tokens": texts.written, "agreement": round(agreement, 4)}
     if exe.directory is not None and (exe.directory / TOKENIZER).is_file():
         about["tokenizer"] = sha256(exe.directory / TOKENIZER)
     table = count(known, part.order, part.successors, vocabulary)

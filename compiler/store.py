@@ -141,7 +141,12 @@ def _file_identities(plan: Any, folder: Path) -> list[str]:
     if not isinstance(plan, dict):
         return []
     named = [plan[name] for name in _NAMING if isinstance(plan.get(name), str)]
-    here = [_model_identity(str(folder / name)) for name in named]
+    # a name with the model's in it may mean any of these
+    here = [
+        _model_identity(str(file))
+        for name in named
+        for file in (sorted(folder.glob(name.replace("{model}", "*"))) if "{model}" in name else [folder / name])
+    ]
     return here + _file_identities(list(plan.values()), folder)
 
 

@@ -34,7 +34,10 @@ class NgramModel(DrafterPart):
     """Guesses from a back-off table of the target's own expectations, which `planc fit` counts."""
 
     data_file: ClassVar[str | None] = "file"
-    file: str | None = Field(None, description="table (`planc fit` writes it); counts from the folder of the plan")
+    file: str | None = Field(
+        None, description="table (`planc fit` writes it); counts from the folder of the plan, `{model}` in it stands for the model's name"
+    )
+    optional: bool = Field(False, description="compile without this drafter where the file does not exist")
     order: int = Field(5, ge=1, le=16, description="`planc fit`: longest context, in tokens")
     successors: int = Field(3, ge=1, le=64, description="`planc fit`: tokens kept of each context")
 

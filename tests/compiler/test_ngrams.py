@@ -105,6 +105,20 @@ def test_from_a_plan_to_a_file_and_into_the_artifact(tmp_path: Path) -> None:
         assert answer.ids == plain.ids and answer.stats.drafted_by["ngram_model"] > 0
 
 
+def test_one_plan_for_many_models(tmp_path: Path) -> None:
+    part = {"ngram_model": {"file": str(tmp_path / "{model}.npz"), "optional": True}}
+    notes = list[str]()
+    exe = planc.compile(model("llama"), plan(part), measure=False, out=tmp_path / "none")
+    assert exe.decode.speculative is None, "the only drafter was left out"
+    prompts = [np.random.default_rng(seed).integers(5, 90, 6).tolist() for seed in range(12)]
+    made = fit_ngrams(
+        model("llama"), plan(part), prompts, tmp_path / "work", tokens=2500, longest=40, progress=lambda w, d, t: notes.append(w)
+    )
+    assert made.file.name == f"{type(model('llama')).__name__}.npz" and "the target writes" in notes
+    exe = planc.compile(model("llama"), plan(part), measure=False, out=tmp_path / "some")
+    assert exe.generate(prompts[0], max_new_tokens=20).stats.drafted_by["ngram_model"] > 0
+
+
 def test_other_drafters_files_lie_in_the_artifact_too(tmp_path: Path) -> None:
     np.save(tmp_path / "warm.npy", np.random.default_rng(0).integers(0, 97, (97, 4)))
     exe = planc.compile(
