@@ -167,23 +167,24 @@ def count(texts: Sequence[Expected], order: int, successors: int, vocab_size: in
     """
     top = np.concatenate([text.top for text in texts])
     p = np.concatenate([text.p for text in texts])
-    keys, ids, values = list[NDArray[np.uint64]](), list[Ints](), list[NDArray[np.float64]]()
-    shorter, hashes = None, np.zeros(len(top), np.uint64)
+    levels, backs = list[_Level](), list[Ints]()
+    hashes = np.zeros(len(top), np.uint64)
     for n in range(1, order + 1):
-        longer = [_hash(text.tokens[:-1], n) for text in texts]
         whole = np.concatenate([np.arange(len(text.top)) >= n - 1 for text in texts])  # the context lies inside the text
-        before, hashes = hashes, np.concatenate(longer)
-        level, back = _level(hashes[whole], before[whole], top[whole], p[whole], shorter, successors, vocab_size)
-        news = np.ones(len(level.keys), dtype=bool)
-        if shorter is not None:
-            news = (level.top[:, 0] != shorter.top[back, 0]) | (np.abs(level.p[:, 0] - shorter.p[back, 0]) > _SAME)
-        keys.append(level.keys[news])
-        ids.append(level.top[news])
-        values.append(level.p[news])
-        shorter = level
-    merged, first = np.unique(np.concatenate(keys), return_index=True)
-    shares = np.rint(255 * np.concatenate(values)[first].clip(0, 1)).astype(np.uint8)
-    return BackOff(order, merged, np.concatenate(ids)[first].astype(np.int32), shares, {})
+        shorter, hashes = hashes, np.concatenate([_hash(text.tokens[:-1], n) for text in texts])
+        level, back = _level(hashes[whole], shorter[whole], top[whole], p[whole], levels[-1] if levels else None, successors, vocab_size)
+        levels.append(level)
+        backs.append(back)
+    kept = [np.ones(len(levels[0].keys), dtype=bool)]
+    for level, shorter_level, back in zip(levels[1:], levels, backs[1:], strict=False):
+        other = level.top[:, 0] != shorter_level.top[back, 0]
+        kept.append(other | (np.abs(level.p[:, 0] - shorter_level.p[back, 0]) > _SAME))
+    for n in range(order - 1, 0, -1):  # a search that begins with one token must not stop before a longer context
+        kept[n - 1][backs[n][kept[n]]] = True
+    keys, first = np.unique(np.concatenate([level.keys[keep] for level, keep in zip(levels, kept, strict=True)]), return_index=True)
+    ids = np.concatenate([level.top[keep] for level, keep in zip(levels, kept, strict=True)])[first]
+    values = np.concatenate([level.p[keep] for level, keep in zip(levels, kept, strict=True)])[first]
+    return BackOff(order, keys, ids.astype(np.int32), np.rint(255 * values.clip(0, 1)).astype(np.uint8), {})
 
 
 def _hash(tokens: Ints, n: int) -> NDArray[np.uint64]:

@@ -64,8 +64,9 @@ class BackOff:
         for n in range(min(self.order, len(tokens))):
             key = (key + (tokens[-1 - n] + 1) * self._powers[n]) & _MASK
             at = bisect_left(self._view, key)
-            if at < len(self._view) and self._view[at] == key:  # a shorter one that says the same may have been left out
-                found, length = at, n + 1
+            if at == len(self._view) or self._view[at] != key:  # what is known of a longer context is known of its end, too
+                break
+            found, length = at, n + 1
         return found, length
 
 
