@@ -309,15 +309,23 @@ def bench(
 def fit(
     plan: PlanArg,
     model: Model = DEFAULT_MODEL,
-    prompts: Annotated[str | None, typer.Option(help="file of prompts to learn from, as for `bench`", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="file of prompts to learn from, as for `bench`; left out: drafters learn from questions that the model writes itself",
+            show_default=False,
+        ),
+    ] = None,
     suite: Annotated[str | None, typer.Option(help="learn from examples of these tasks: parallelbench")] = None,
     limit: Annotated[int, typer.Option(min=1, help="prompts in all")] = 400,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    work: Annotated[Path | None, typer.Option(help="draft_head: folder from which an interrupted run goes on [default: FILE.fit]")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="draft_head: file to write [default: the one that the plan names]")
+    work: Annotated[
+        Path | None, typer.Option(help="draft_head, ngram_model: folder from which an interrupted run goes on [default: FILE.fit]")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="draft_head: tokens that the target writes to learn from")] = 150_000,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="draft_head, ngram_model: file to write [default: the one that the plan names]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="draft_head, ngram_model: tokens that the target writes to learn from")] = 150_000,
     steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
     rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
     png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
@@ -329,16 +337,18 @@ def fit(
     from planc.compiler.fit import fit as fit_plan
     from planc.compiler.heads.fit import fit_head, head_of_plan
     from planc.compiler.heads.train import Options
+    from planc.compiler.ngrams import fit_ngrams, part_of_plan
     from planc.compiler.plan import Plan
     from planc.compiler.suites.run import SUITES, draw, trained_tasks
     from planc.runtime.profile import titled_bar
 
-    if (prompts is None) == (suite is None) or (suite is not None and suite not in SUITES):
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
     read = Plan.from_yaml(plan)
+    if (prompts is not None and suite is not None) or (suite is not None and suite not in SUITES):
+        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
+    texts: list[Any] | None = None
     if prompts is not None:
         texts = [prompt.text for prompt in load_prompts(prompts, limit)]
-    else:
+    elif suite is not None:
         tasks = trained_tasks(model)
         texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
     if head_of_plan(read) is not None:
@@ -349,6 +359,13 @@ def fit(
             files.write(png, made.picture(f"{plan.stem} on {model}"))
         found = {"draft_head": made.as_dict()}
         print(made)
+    elif part_of_plan(read) is not None:
+        with titled_bar() as show:
+            counted = fit_ngrams(model, read, texts, work, out=out, tokens=tokens, progress=show)
+        found = {"ngram_model": counted.as_dict()}
+        print(counted)
+    elif texts is None:
+        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
     else:
         found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
         for key, figures in found.items():
