@@ -81,6 +81,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.proj = nn.Conv2d(config.channels, config.width, config.patch, config.patch)
+        nn.init.normal_(self.proj.weight, std=(3 / (config.channels * config.patch**2)) ** 0.5)  # what is seen outweighs where
 
     def forward(self, x: Tensor, patch: int) -> Tensor:
         weight = resample_patches(self.proj.weight, (patch, patch))

@@ -137,7 +137,7 @@ def test_refuses() -> None:
         QuantizePatches().apply(parts(), Context())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(st.data())
 def test_property_random_parts(data: st.DataObject) -> None:
     """Lambda 1 changes nothing; lambda 0 takes as few bit operations as there can be; more outliers never take fewer."""
