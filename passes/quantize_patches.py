@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import torch
@@ -90,8 +91,14 @@ class QuantizePatches(Pass):
     entropy: float = Field(
         0.5, ge=0, le=1, description="what lost entropy counts against saved bit operations (lambda): 1 keeps 8 bits, 0 takes the fewest"
     )
+    fewest: Literal[2, 4] = Field(2, description="the fewest bits that a map may get")
     budget: int | None = Field(None, ge=1, description="most bytes of activations that may be live while the parts run, codes packed")
     seed: int = Field(0, description="of classes drawn at random")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """What maps may get, the widest first."""
+        return tuple(bits for bits in WIDTHS if bits >= self.fewest)
 
     def apply(self, program: Program, context: Context) -> Program:
         """Classify the parts, choose bits map by map, meet the budget, and rewrite."""
@@ -112,7 +119,7 @@ class QuantizePatches(Pass):
         free = [m for part in parts if part.place not in outliers for m in part.maps if not m.shared]
         scores = self.scores(free, counts)
         for m in free:
-            m.bits = max(WIDTHS, key=lambda bits, m=m: scores[m, bits])  # type: ignore[misc]  # of equals the first, which is the widest
+            m.bits = max(self.widths, key=lambda bits, m=m: scores[m, bits])  # type: ignore[misc]  # of equals the first, which is the widest
         live = _Live(program, maps)
         if self.budget is not None:
             self._shrink(live, free, scores)
@@ -144,19 +151,19 @@ class QuantizePatches(Pass):
 
     def scores(self, maps: Sequence[Map], counts: Mapping[Map, Tensor]) -> dict[tuple[Map, int], float]:
         """Saved bit operations and lost entropy of every map at every width, each as a share of the largest, and weighed."""
-        saved = {(m, bits): float(m.work * (WIDTHS[0] - bits)) for m in maps for bits in WIDTHS}
+        saved = {(m, bits): float(m.work * (WIDTHS[0] - bits)) for m in maps for bits in self.widths}
         lost = dict[tuple[Map, int], float]()
         for m in maps:
             total = counts[m].sum(0)
             full = _entropy(total)
-            lost |= {(m, bits): full - _entropy(_requantised(m, total, bits)) if bits < WIDTHS[0] else 0.0 for bits in WIDTHS}
+            lost |= {(m, bits): full - _entropy(_requantised(m, total, bits)) if bits < WIDTHS[0] else 0.0 for bits in self.widths}
         most_saved, most_lost = (max((*of.values(), 1e-12)) for of in (saved, lost))
         return {key: (1 - self.entropy) * saved[key] / most_saved - self.entropy * lost[key] / most_lost for key in saved}
 
     def _shrink(self, live: _Live, free: Sequence[Map], scores: Mapping[tuple[Map, int], float]) -> None:
         """Where too much is live, narrow the map with the best score, until the budget is met."""
         assert self.budget is not None
-        narrower = {bits: WIDTHS[i + 1] for i, bits in enumerate(WIDTHS[:-1])}
+        narrower = dict(pairwise(self.widths))
         while (peak := live.peak())[0] > self.budget:
             wide = [m for m in peak[1] if m in set(free) and m.bits in narrower]
             if not wide:

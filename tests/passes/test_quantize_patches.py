@@ -90,6 +90,7 @@ def test_equals_eager_where_all_bits_are_eight() -> None:
 
 def test_parts_with_outliers_keep_eight_bits() -> None:
     assert widths(changed(entropy=0.0)) == {(0, 0): {8}, (0, 3): {2}, (3, 0): {2}, (3, 3): {2}}
+    assert widths(changed(entropy=0.0, fewest=4)) == {(0, 0): {8}, (0, 3): {4}, (3, 0): {4}, (3, 3): {4}}
     others = [widths(changed(entropy=0.0, classes="random", seed=seed)) for seed in range(6)]
     assert all(sum(bits == {8} for bits in each.values()) == 1 for each in others)
     assert len({str(each) for each in others}) > 1
