@@ -38,6 +38,7 @@ _OUTSIDE = {
     "explain.py",
     "store.py",
     "colours.py",
+    "run_cli.py",
     "canvas_view.py",
     "masked_cli.py",
     "fit.py",
