@@ -148,6 +148,8 @@ def macs(node: Node) -> int:
         for size in positions:
             total *= size
         return total
+    if node.target in (_aten.matmul.default, _aten.bmm.default):
+        return math.prod(int(s) for s in node.meta["val"].shape if isinstance(s, int)) * int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
     if node.target is _aten.scaled_dot_product_attention.default or node.target is OPS.attention.default:
         rows, keys, values = ([int(s) for s in n.meta["val"].shape[1:]] for n in node.args[:3])  # type: ignore[union-attr]
         keys_axis = 0 if node.target is OPS.attention.default else -2  # q [B,R,H,D], k [B,T,G,D]; or q [B,...,R,D], k [B,...,T,D]
