@@ -262,6 +262,12 @@ def fit(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="draft_head, ngram_model: tokens that the target writes to learn from")] = 150_000,
     steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="draft_head: minutes of training instead of `steps`; the rate falls with the time left")
+    ] = None,
+    unroll: Annotated[
+        int, typer.Option(min=1, max=8, help="draft_head with a decoder layer: guesses deep that it is fed its own estimates in training")
+    ] = 3,
     rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
     png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
     as_json: Json = False,
@@ -287,7 +293,7 @@ def fit(
         tasks = trained_tasks(model)
         texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
     if head_of_plan(read) is not None:
-        options = Options(steps=steps, rate=rate, seed=seed)
+        options = Options(steps=steps, minutes=minutes, rate=rate, unroll=unroll, seed=seed)
         with titled_bar() as show:
             made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
         if png is not None:
