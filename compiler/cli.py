@@ -273,44 +273,14 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
-    from planc.compiler import files
-    from planc.compiler.bench import load_prompts
-    from planc.compiler.fit import fit as fit_plan
-    from planc.compiler.heads.fit import fit_head, head_of_plan
+    from planc.compiler.fit_cli import fit_parts, texts_of
     from planc.compiler.heads.train import Options
-    from planc.compiler.ngrams import fit_ngrams, part_of_plan
     from planc.compiler.plan import Plan
-    from planc.compiler.suites.run import SUITES, draw, trained_tasks
-    from planc.runtime.profile import titled_bar
 
     read = Plan.from_yaml(plan)
-    if (prompts is not None and suite is not None) or (suite is not None and suite not in SUITES):
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
-    texts: list[Any] | None = None
-    if prompts is not None:
-        texts = [prompt.text for prompt in load_prompts(prompts, limit)]
-    elif suite is not None:
-        tasks = trained_tasks(model)
-        texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
-    if head_of_plan(read) is not None:
-        options = Options(steps=steps, minutes=minutes, rate=rate, unroll=unroll, seed=seed)
-        with titled_bar() as show:
-            made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
-        if png is not None:
-            files.write(png, made.picture(f"{plan.stem} on {model}"))
-        found = {"draft_head": made.as_dict()}
-        print(made)
-    elif part_of_plan(read) is not None:
-        with titled_bar() as show:
-            counted = fit_ngrams(model, read, texts, work, out=out, tokens=tokens, progress=show)
-        found = {"ngram_model": counted.as_dict()}
-        print(counted)
-    elif texts is None:
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
-    else:
-        found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
-        for key, figures in found.items():
-            print(f"{key}: {figures['file']}")
+    texts = texts_of(model, prompts, suite, limit, seed)
+    options = Options(steps=steps, minutes=minutes, rate=rate, unroll=unroll, seed=seed)
+    found = fit_parts(model, read, texts, options, work=work, out=out, tokens=tokens, png=png)
     if as_json:
         _print_json({"plan": str(plan), "model": model, "fitted": found})
 
