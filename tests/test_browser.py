@@ -18,8 +18,11 @@ from PIL import Image
 import planc
 from planc.backends.onnx.edge import classify, generate
 from planc.backends.onnx.edge.export import export_edge
+from planc.compiler.explain import measure, write_html
 from planc.compiler.store import cache_dir
+from planc.compiler.told import Piece, Told
 from planc.runtime.artifact import read_artifact
+from planc.runtime.contract import Contract, CostTable
 from planc.runtime.errors import ModelError, PlancError
 
 pytestmark = pytest.mark.browser
@@ -165,6 +168,33 @@ def test_page_without_onnxruntime_web_says_what_to_do(tmp_path: Path, browser: B
             "while (!text()) await new Promise((next) => setTimeout(next, 50)); return text();"
         )
         assert "onnxruntime-web is not in ort/" in said
+
+
+def test_page_of_explain(tmp_path: Path, browser: Browser) -> None:
+    """From disk: nothing to complain of, nothing wider than the window, all bars drawn, one view at a time, and another ground in the dark."""
+    before = measure("trace", vision_tiny.tiny_program())
+    after = measure("raise", models_tiny.raised("gemma3"))
+    table = CostTable(rows=(1, 8), past=(16, 512), measured=(((1.25, 2.5), (1.5, 4.75)),))
+    told = Told("p", (Piece("one ", (), 0), Piece("two", ("a", "b"), 1)), ((0, 0), (3, 1)), 2, ("a", "b"), {"a": 3, "b": 1}, {"a": 1})
+    for steps in ([before, before], [after, after]):
+        write_html(tmp_path / "e.html", steps, "title", Contract(cost=table), told)
+        grounds = set()
+        for dark in (False, True):
+            browser.dark(dark)
+            browser.open((tmp_path / "e.html").as_uri())
+            assert browser.run("return document.documentElement.scrollWidth <= innerWidth")
+            grounds.add(browser.run("return getComputedStyle(document.body).backgroundColor"))
+            hues = "return new Set([...document.querySelectorAll('.heat td')].map((cell) => getComputedStyle(cell).backgroundColor)).size"
+            assert browser.run(hues) == 4
+            views = "return [...document.querySelectorAll('.view')].map((view) => view.getBoundingClientRect().height > 0)"
+            assert browser.run(views) == [True, False]
+            assert browser.run(f"document.querySelectorAll('.pick')[1].click(); {views}") == [False, True]
+            thin = "return [...document.querySelectorAll('svg')].filter((svg) => svg.getBBox().width > 995).length"
+            assert browser.run(thin) == 0, "nothing is drawn beyond its picture"
+            assert browser.run("return document.querySelectorAll('.answer .by').length") == 1
+            assert browser.console() == []
+        assert len(grounds) == 2
+    browser.dark(False)
 
 
 @pytest.mark.slow
