@@ -467,20 +467,30 @@ def profile(
 def explain(
     plan: PlanArg,
     model: Model = DEFAULT_MODEL,
-    html: Annotated[Path | None, typer.Option(help="also write the table as a page")] = None,
+    html: Annotated[Path | None, typer.Option(help="also write a page with pictures of it")] = None,
+    prompt: Annotated[str | None, typer.Option(help="with --html: answer this (compiles once) and show who guessed which token")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="with --prompt [default: the plan's]")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what every pass of a plan does to a model: nodes, parameters, bytes and FLOPs before and after."""
     from planc.compiler import explain as explaining
     from planc.compiler.plan import Plan
+    from planc.compiler.store import compiled, open_plan
+    from planc.compiler.told import tell
+    from planc.runtime.artifact import read_artifact
 
+    if prompt is not None and html is None:
+        raise InputError("input-invalid", "the answer to a prompt is shown on the page", fix="name a file with --html")
     steps = explaining.explain(model, Plan.from_yaml(plan))
     title = f"{plan.stem} on {model}"
     _console().print(explaining.table(steps, title))
     if chart := explaining.memory_chart(steps):
         print(chart)
     if html is not None:
-        explaining.write_html(html, steps, title)
+        told = None if prompt is None else tell(open_plan(plan, model)[0], prompt, max_new_tokens)
+        artifact = compiled(plan, model)
+        contract = None if artifact is None else read_artifact(artifact, verify=False).contract
+        explaining.write_html(html, steps, title, contract, told)
     if as_json:
         _print_json({"plan": str(plan), "model": model, "steps": [step.as_dict() for step in steps]})
 

@@ -38,6 +38,10 @@ def to_ort_format(model: Path) -> list[str]:
     """Write `model.ort` and the operators it needs beside the model; the names of the two files."""
     from onnxruntime.tools.convert_onnx_models_to_ort import OptimizationStyle, convert_onnx_models_to_ort
 
-    with contextlib.redirect_stdout(io.StringIO()):
-        convert_onnx_models_to_ort(model, optimization_styles=[OptimizationStyle.Fixed])
+    logging.disable(logging.INFO)  # it tells every step, on both streams
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            convert_onnx_models_to_ort(model, optimization_styles=[OptimizationStyle.Fixed])
+    finally:
+        logging.disable(logging.NOTSET)
     return [model.with_suffix(".ort").name, model.with_suffix(".required_operators.config").name]
