@@ -236,6 +236,8 @@ def context_of(plan: Plan, model: LoadedModel, ids: Sequence[int], calibration: 
     """
     if calibration is None and plan.calibration is not None:
         chosen, where = plan.calibration, plan.where("calibration", "text") or "calibration.text"
+        if chosen.text is None:
+            raise PlanError("plan-conflict", "the plan calibrates on images, but the model reads text", plan=plan.where("calibration"))
         file = plan.folder / Path(chosen.text).expanduser()
         windows = read_windows(file, text_of(model).encode, tokens=chosen.tokens, window=chosen.length, where=where)
         calibration = torch.tensor([w for w in windows if len(w) == chosen.length] or windows[:1])

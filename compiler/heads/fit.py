@@ -69,7 +69,7 @@ Progress = Callable[[str, int, int], None]
 def fit_head(
     model: Any,
     plan: Plan,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int]] | None = None,
     work: Path | None = None,
     *,
     out: Path | None = None,
@@ -83,7 +83,7 @@ def fit_head(
     Args:
         model: what `planc.compile` takes.
         plan: its drafters hold one `draft_head`, whose `file` is written unless `out` says another place.
-        prompts: what the target answers, as texts or token ids; the head learns from the answers.
+        prompts: what the target answers, as texts or token ids; the head learns from the answers. None: it also writes the questions.
         work: folder for texts and the state of training, from which an interrupted run goes on; None: beside the file, `NAME.fit`.
         tokens: how many tokens the target shall write.
         longest: most tokens of an answer.

@@ -448,6 +448,7 @@ def test_every_command_of_the_contract() -> None:
     assert set(commands) == {
         "run",
         "compile",
+        "export",
         "bench",
         "check",
         "schema",

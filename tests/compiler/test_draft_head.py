@@ -239,7 +239,7 @@ def test_fit_teaches_all_heads(options: dict[str, Any], tmp_path: Path) -> None:
         longest=60,
         options=Options(steps=40, batch=512, rate=1e-2),
     )
-    assert len(made.after.agreement) == 3 and made.losses[-1] < made.losses[0] - 0.3
+    assert len(made.after.agreement) == 3 and made.losses[-1] < made.losses[0] - 0.15
     assert made.after.loss < made.before.loss - 0.1, "of other texts, too"
     equals_plain(planc.compile(model("llama"), plan(file, vocabulary=97, **options), measure=False))
 
