@@ -163,11 +163,13 @@ class Trainer:
         hits, weight, total, batches = torch.zeros(depth), torch.zeros(depth), 0.0, 0
         with torch.no_grad():
             for batch in data.all(self.options):
-                truth = (batch.targets @ self.head.float().T).argmax(-1)
+                own = batch.weights == 1.0
+                truth = torch.full(own.shape, -1)
+                truth[own] = (batch.targets[own] @ self.head.float().T).argmax(-1)
                 for level, (made, _) in enumerate(self._unrolled(batch, depth)):
-                    of = (batch.weights == 1.0).float()
-                    of[:, :level] = 0.0
-                    hits[level] += ((self.kept[(made @ self._rows.T).argmax(-1)] == truth).float() * of).sum()
+                    of = own.clone()
+                    of[:, :level] = False
+                    hits[level] += (self.kept[(made[of] @ self._rows.T).argmax(-1)] == truth[of]).sum()
                     weight[level] += of.sum()
                 total, batches = total + float(self._loss(batch, 1)), batches + 1
         return Score(tuple((hits / weight.clamp(min=1.0)).tolist()), total / max(1, batches))
@@ -238,10 +240,10 @@ class _Distil(torch.autograd.Function):
             teacher = torch.softmax((targets[part] @ rows.T).float(), -1)
             for level, each in enumerate(weights[:, part]):
                 logits = (guesses[level, part] @ rows.T).float()
-                norm = logits.logsumexp(-1)
+                chances = torch.softmax(logits, -1)
+                norm = logits.amax(-1) - chances.amax(-1).log()  # faster than logsumexp by far
                 total += (each * (norm - (teacher * logits).sum(-1))).sum()
-                wrong = logits.sub_(norm[:, None]).exp_().sub_(teacher).mul_(each[:, None])
-                gradient[level, part] = (wrong @ rows).float()
+                gradient[level, part] = (chances.sub_(teacher).mul_(each[:, None]) @ rows).float()
         ctx.save_for_backward(gradient)
         return total
 
@@ -252,8 +254,8 @@ class _Distil(torch.autograd.Function):
 
 
 def fast_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 matrices many times faster than others, so that it is worth its rounding in training."""
-    return bool(torch.cpu._is_amx_tile_supported())
+    """Whether this CPU multiplies bfloat16 matrices several times faster than others, so that it is worth its rounding in training."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _Seen:

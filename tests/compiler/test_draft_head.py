@@ -15,7 +15,7 @@ import planc
 from planc.backends.reference import run
 from planc.compiler.heads.fit import fit_head, packed, untrained
 from planc.compiler.heads.texts import Texts, loops
-from planc.compiler.heads.train import Batch, Data, Options, Trainer
+from planc.compiler.heads.train import Batch, Data, Options, Trainer, _Distil
 from planc.compiler.plan import Plan
 from planc.compiler.program import Program
 from planc.passes.load_weights import FITS
@@ -242,6 +242,24 @@ def test_fit_teaches_all_heads(options: dict[str, Any], tmp_path: Path) -> None:
     assert len(made.after.agreement) == 3 and made.losses[-1] < made.losses[0] - 0.15
     assert made.after.loss < made.before.loss - 0.1, "of other texts, too"
     equals_plain(planc.compile(model("llama"), plan(file, vocabulary=97, **options), measure=False))
+
+
+def test_the_gradient_made_with_the_loss_is_that_of_cross_entropy() -> None:
+    generator = torch.Generator().manual_seed(0)
+    guesses, targets, rows = (torch.randn(*size, generator=generator) for size in ((2, 700, 16), (700, 16), (50, 16)))
+    weights = torch.rand(2, 700, generator=generator)
+    results = []
+    for blocked in (True, False):
+        leaf = guesses.clone().requires_grad_()
+        if blocked:
+            loss = _Distil.apply(leaf, targets, rows, weights)
+        else:
+            teacher = torch.softmax(targets @ rows.T, -1)
+            loss = -(weights * (teacher * torch.log_softmax(leaf @ rows.T, -1)).sum(-1)).sum()
+        loss.backward()  # type: ignore[no-untyped-call]
+        results.append((loss.detach(), leaf.grad))
+    for have, want in zip(*results, strict=True):
+        torch.testing.assert_close(have, want, rtol=1e-5, atol=1e-5)
 
 
 def test_a_budget_of_time_ends_the_training() -> None:
