@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -14,11 +14,6 @@ from rich.table import Table
 from rich.text import Text
 
 from planc.runtime.errors import InputError, PlancError
-
-if TYPE_CHECKING:
-    from planc.compiler.store import Stored
-    from planc.runtime.executable import Executable, Generation
-    from planc.runtime.vision import Classifier
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -97,13 +92,17 @@ def run(
 ) -> None:
     """Compile the plan (once), stream an answer, and say how fast and how exact it was. DIR runs an artifact without torch."""
     from planc._load import text_only
+    from planc.compiler.run_cli import answer_prompt, classify_images
     from planc.compiler.store import open_any
     from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
     opened, stored = open_any(plan, model)
+    made = {"artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached}
     if isinstance(opened, Classifier):
-        _classify(opened, prompt, stored, as_json)
+        classes = classify_images(opened, prompt)
+        if as_json:
+            _print_json({**classes, **made})
         return
     if len(prompt) > 1:
         raise InputError("input-invalid", f"there are {len(prompt)} prompts", fix="quote the prompt")
@@ -124,101 +123,9 @@ def run(
 
         result = fill(opened, text, settings, compare=compare, trace=trace, pictures=picture or ())
     else:
-        result = _answer(text_only(opened), text, settings, compare, verbose)
+        result = answer_prompt(text_only(opened), text, settings, compare, verbose)
     if as_json:
-        _print_json({**result, "artifact": str(stored.directory), "compile_s": stored.compile_s, "cached": stored.cached})
-
-
-def _answer(exe: Executable, text: str, settings: dict[str, Any], compare: bool, verbose: int) -> dict[str, Any]:
-    """Stream an answer, and run the plain plan on the same prompt beside it; what is to be told of both."""
-    plain = exe.plain() if compare and exe.decode.speculative is not None else None
-    if plain is not None:
-        plain.generate(text, **{**settings, "max_new_tokens": 4})  # both sides of the pair run warm
-    answer = _stream(exe, text, settings, verbose)
-    reference = plain.generate(text, **settings) if plain is not None else None
-    assert not isinstance(reference, list)
-    result = _run_result(exe, answer, reference, settings["temperature"])
-    print(f"\n{_run_line(result)}", flush=True)
-    return result
-
-
-def _classify(exe: Classifier, images: list[str], stored: Stored, as_json: bool) -> None:
-    """Print the five likeliest classes of every image."""
-    found = exe.classify(images)
-    for name, best in zip(images, found, strict=True):
-        print(f"{name}:" if len(images) > 1 else "", end="\n" if len(images) > 1 else "")
-        for prediction in best:
-            print(f"{prediction.probability:7.1%}  {prediction.label}")
-    ms = exe.seconds * 1e3 / len(images)
-    changes = ", ".join(f"{effect.name} ({effect.declared})" for effect in exe.contract.effects)
-    print(f"\n{len(images)} images | {ms:.1f} ms each | {changes}")
-    if as_json:
-        answers = [{"image": name, "classes": [vars(p) for p in best]} for name, best in zip(images, found, strict=True)]
-        times = {"compile_s": stored.compile_s, "cached": stored.cached}
-        _print_json({"images": answers, "ms_per_image": round(ms, 3), "artifact": str(stored.directory), **times})
-
-
-def _stream(exe: Executable, prompt: str, settings: dict[str, Any], verbose: int = 0) -> Generation:
-    """Print the answer as it comes and return it; verbose, tell who guessed what, and from 2 on show every pass before the whole answer."""
-    from planc.compiler.colours import Painter
-
-    speculative = exe.decode.speculative
-    painter = Painter([part.key for part in speculative.drafter] if verbose and speculative is not None else [], Console())
-    if painter.styles and painter.coloured:
-        print(painter.legend())
-    answer: Generation | None = None
-    whole = list[str]()
-    for number, chunk in enumerate(exe.stream(prompt, **settings)):
-        painted = painter.answer(chunk) if painter.styles else chunk.text
-        whole.append(painted)
-        print(painter.round(number, chunk, exe.text) if verbose > 1 else painted, end="\n" if verbose > 1 else "", flush=True)
-        answer = chunk.generation or answer
-    assert answer is not None
-    if verbose > 1:
-        print("\n" + "".join(whole), end="")
-    if painter.styles:
-        print(f"\n{painter.tally(answer.stats)}", end="")
-    return answer
-
-
-def _run_result(exe: Executable, answer: Generation, reference: Generation | None, temperature: float | None) -> dict[str, Any]:
-    report, stats = exe.report(temperature), answer.stats
-    result: dict[str, Any] = {
-        "text": answer.text,
-        "ids": answer.ids,
-        "prompt_tokens": answer.prompt_tokens,
-        "tokens": stats.tokens,
-        "finish_reason": answer.finish_reason,
-        "tokens_per_s": round(stats.end_to_end_tokens_per_s, 2),
-        "decode_tokens_per_s": round(stats.tokens_per_s, 2),
-        "tokens_per_pass": round(stats.tokens_per_pass, 4),
-        "ttft_ms": round(stats.ttft_ms, 2),
-        "host_ms_per_step": round(stats.host_ms_per_pass, 4),
-        "exactness": report["exactness"],
-        "exactness_line": report["exactness_line"],
-        "ratio": None,
-        "plain_tokens_per_s": None,
-        "identical": None,
-    }
-    if reference is not None:
-        speed = reference.stats.end_to_end_tokens_per_s
-        result |= {
-            "ratio": round(stats.end_to_end_tokens_per_s / speed, 4) if speed else None,
-            "plain_tokens_per_s": round(speed, 2),
-            "identical": answer.ids == reference.ids,
-        }
-    return result
-
-
-def _run_line(result: dict[str, Any]) -> str:
-    parts = [f"{result['tokens']} tokens", f"{result['tokens_per_s']:.1f} tokens/s", f"first token after {result['ttft_ms']:.0f} ms"]
-    parts.append(f"{result['tokens_per_pass']:.2f} tokens per pass")
-    if result["ratio"] is not None:
-        other = "another sample" if result["exactness"] == "distribution" else "OTHER TOKENS"
-        same = "the same tokens" if result["identical"] else other
-        parts.append(f"{result['ratio']:.2f}x the plain plan ({result['plain_tokens_per_s']:.1f} tokens/s, {same})")
-    parts.append(f"exactness {result['exactness'] or 'not measured'}")
-    return " | ".join(parts)
+        _print_json({**result, **made})
 
 
 @app.command("compile")
@@ -242,6 +149,34 @@ def compile_plan(
     print(f"{out}: {report['bytes'] / 2**20:.1f} MiB in {seconds:.1f} s, exactness {report['exactness_line']}")
     if as_json:
         _print_json({"artifact": str(out), "model": model, "plan": str(plan), "compile_s": round(seconds, 2), **report})
+
+
+@app.command()
+def export(
+    plan: PlanOrDir,
+    out: Annotated[Path, typer.Option("--out", "-o", help="directory to write", show_default=False)],
+    target: Annotated[str, typer.Option(help="edge: a folder for ONNX Runtime on devices and in browsers")] = "edge",
+    model: Model = DEFAULT_MODEL,
+    ort_format: Annotated[
+        bool, typer.Option("--ort-format", help="also write the graph in ONNX Runtime's flat format, for phones")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compile a plan (once), or take an artifact, and write a folder that runs without planc: with onnxruntime and numpy, or in a browser."""
+    from planc.compiler.store import obtain
+
+    if target != "edge":
+        raise InputError("input-invalid", f"there is no target {target!r} to export to", fix="--target edge")
+    try:
+        from planc.backends.onnx.edge.export import describe, export_edge
+    except ModuleNotFoundError as error:
+        raise InputError("backend-missing", f"exporting needs {error.name}", fix="pip install 'planc[compile]'") from error
+    stored = obtain(plan, model)
+    made = export_edge(stored.directory, out, ort_format=ort_format, note=lambda line: print(line, file=sys.stderr))
+    print("\n".join(describe(out, made)))
+    if as_json:
+        files = {name: entry.bytes for name, entry in made.files.items()}
+        _print_json({"out": str(out), "task": made.task, "files": files, "bytes": sum(files.values()), **made.extra["edge"]})
 
 
 @app.command()
@@ -327,49 +262,25 @@ def fit(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="draft_head, ngram_model: tokens that the target writes to learn from")] = 150_000,
     steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="draft_head: minutes of training instead of `steps`; the rate falls with the time left")
+    ] = None,
+    unroll: Annotated[
+        int, typer.Option(min=1, max=8, help="draft_head with a decoder layer: guesses deep that it is fed its own estimates in training")
+    ] = 3,
     rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
     png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
     as_json: Json = False,
 ) -> None:
     """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
-    from planc.compiler import files
-    from planc.compiler.bench import load_prompts
-    from planc.compiler.fit import fit as fit_plan
-    from planc.compiler.heads.fit import fit_head, head_of_plan
+    from planc.compiler.fit_cli import fit_parts, texts_of
     from planc.compiler.heads.train import Options
-    from planc.compiler.ngrams import fit_ngrams, part_of_plan
     from planc.compiler.plan import Plan
-    from planc.compiler.suites.run import SUITES, draw, trained_tasks
-    from planc.runtime.profile import titled_bar
 
     read = Plan.from_yaml(plan)
-    if (prompts is not None and suite is not None) or (suite is not None and suite not in SUITES):
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
-    texts: list[Any] | None = None
-    if prompts is not None:
-        texts = [prompt.text for prompt in load_prompts(prompts, limit)]
-    elif suite is not None:
-        tasks = trained_tasks(model)
-        texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
-    if head_of_plan(read) is not None:
-        options = Options(steps=steps, rate=rate, seed=seed)
-        with titled_bar() as show:
-            made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
-        if png is not None:
-            files.write(png, made.picture(f"{plan.stem} on {model}"))
-        found = {"draft_head": made.as_dict()}
-        print(made)
-    elif part_of_plan(read) is not None:
-        with titled_bar() as show:
-            counted = fit_ngrams(model, read, texts, work, out=out, tokens=tokens, progress=show)
-        found = {"ngram_model": counted.as_dict()}
-        print(counted)
-    elif texts is None:
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
-    else:
-        found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
-        for key, figures in found.items():
-            print(f"{key}: {figures['file']}")
+    texts = texts_of(model, prompts, suite, limit, seed)
+    options = Options(steps=steps, minutes=minutes, rate=rate, unroll=unroll, seed=seed)
+    found = fit_parts(model, read, texts, options, work=work, out=out, tokens=tokens, png=png)
     if as_json:
         _print_json({"plan": str(plan), "model": model, "fitted": found})
 
@@ -556,20 +467,30 @@ def profile(
 def explain(
     plan: PlanArg,
     model: Model = DEFAULT_MODEL,
-    html: Annotated[Path | None, typer.Option(help="also write the table as a page")] = None,
+    html: Annotated[Path | None, typer.Option(help="also write a page with pictures of it")] = None,
+    prompt: Annotated[str | None, typer.Option(help="with --html: answer this (compiles once) and show who guessed which token")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="with --prompt [default: the plan's]")] = None,
     as_json: Json = False,
 ) -> None:
     """Show what every pass of a plan does to a model: nodes, parameters, bytes and FLOPs before and after."""
     from planc.compiler import explain as explaining
     from planc.compiler.plan import Plan
+    from planc.compiler.store import compiled, open_plan
+    from planc.compiler.told import tell
+    from planc.runtime.artifact import read_artifact
 
+    if prompt is not None and html is None:
+        raise InputError("input-invalid", "the answer to a prompt is shown on the page", fix="name a file with --html")
     steps = explaining.explain(model, Plan.from_yaml(plan))
     title = f"{plan.stem} on {model}"
     _console().print(explaining.table(steps, title))
     if chart := explaining.memory_chart(steps):
         print(chart)
     if html is not None:
-        explaining.write_html(html, steps, title)
+        told = None if prompt is None else tell(open_plan(plan, model)[0], prompt, max_new_tokens)
+        artifact = compiled(plan, model)
+        contract = None if artifact is None else read_artifact(artifact, verify=False).contract
+        explaining.write_html(html, steps, title, contract, told)
     if as_json:
         _print_json({"plan": str(plan), "model": model, "steps": [step.as_dict() for step in steps]})
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -117,13 +118,18 @@ def _attach_model(
 
 def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
     """Write the trained head into the folder `target`."""
+    from planc.compiler.compile import raised
+
     note("the draft head")
     if part.file is None:
         message = "draft_head has no trained head yet"
         raise PlanError("plan-bad-value", message, plan=place, fix="name a `file`, and make it with `planc fit`")
-    passes = (*head_passes(planned.program, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
-    plan = Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target)
-    _write(planned, planned.model, plan, target, measure, note, "the draft head")
+    bare = raised(planned.model)
+    plans = []
+    for made in head_passes(bare, part):
+        passes = (*made, LoadWeights(file=part.file, only=made[-1].own), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
+        plans.append(Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target))
+    _write(planned, planned.model, plans[0], target, measure, note, "the draft head", bare, plans[1:])
 
 
 def file_for(path: str, model: str) -> str:
@@ -151,11 +157,13 @@ def _attach_data(planned: Planned, part: DrafterPart, index: int, directory: Pat
     return part.model_copy(update={part.data_file: place})
 
 
-def head_passes(target: Program, part: DraftHead) -> tuple[Pass, ...]:
-    """What makes the target a draft head that is not trained yet."""
-    layers = [block.index for block in find_blocks(target)]
+def head_passes(bare: Program, part: DraftHead) -> list[tuple[*tuple[Pass, ...], AttachHead]]:
+    """What makes of the model, as it is before any pass, each graph of a draft head that is not trained yet."""
+    if part.body == "mlp":
+        return [(AttachHead(body="mlp", fuse=part.fused, level=level, blocks=part.blocks),) for level in range(1, part.levels + 1)]
+    layers = [block.index for block in find_blocks(bare)]
     layer = layers[part.layer] if -len(layers) <= part.layer < 0 else part.layer
-    return SkipLayers(keep=(layer,)), AttachHead(fuse=part.fuse, feedback=part.feedback)
+    return [(SkipLayers(keep=(layer,)), AttachHead(fuse=part.fused, feedback=part.feedback))]
 
 
 def _beside(plan: Plan, path: str) -> Path:
@@ -184,13 +192,29 @@ def _compile(
         raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
 
 
-def _write(planned: Planned, model: Any, plan: Plan, target: Path, measure: bool, note: Callable[[str], None], name: str) -> Planned:
-    """The artifact `target` of what drafts for `planned`: `model` by `plan`."""
+def _write(
+    planned: Planned,
+    model: Any,
+    plan: Plan,
+    target: Path,
+    measure: bool,
+    note: Callable[[str], None],
+    name: str,
+    bare: Program | None = None,
+    deeper: Sequence[Plan] = (),
+) -> Planned:
+    """The artifact `target` of what drafts for `planned`: `model` by `plan`; `bare` is the model where it was raised already.
+
+    `deeper` are the plans of a head's graphs for further guesses.
+    """
     from planc.compiler.compile import capacity_of, rewrite, tree_form
 
-    if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
-        plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
-    draft = rewrite(model, plan, note=lambda text: note(f"{name}: {text}"))
+    def rewritten(plan: Plan) -> Planned:
+        if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
+            plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
+        return rewrite(model, plan, note=lambda text: note(f"{name}: {text}"), program=bare)
+
+    draft = replace(rewritten(plan), deeper=tuple(rewritten(each).program for each in deeper))
 
     def finish(engine: Engine, capacity: int) -> Contract:
         """Exactness is nobody's concern: the target verifies every guess."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import html as markup
-import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from planc.compiler import files
 from planc.compiler.memory import plan_memory
-from planc.runtime.errors import InputError
+from planc.compiler.page import page
+from planc.compiler.structure import Group, groups_of
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from planc.compiler.plan import Plan
     from planc.compiler.program import Program
+    from planc.compiler.told import Told
+    from planc.runtime.contract import Contract
 
 PAST = 512  #: cached tokens that attention is counted with
 
@@ -40,10 +43,13 @@ class Step:
     notes: tuple[str, ...] = ()
     peak: int | None = None  # bytes of activations at the worst moment, for one image; None for a model that reads text
     live: tuple[tuple[str, int], ...] = ()  # node -> bytes that are live while it runs
+    kinds: tuple[tuple[str, int], ...] = ()  # operation -> how often it occurs
+    groups: tuple[Group, ...] = ()  # layers, and modules outside of them
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for `--json`."""
-        return {**{k: v for k, v in asdict(self).items() if k != "live"}, "notes": list(self.notes), "past": PAST}
+        kept = {k: v for k, v in asdict(self).items() if k not in ("live", "groups")}
+        return {**kept, "notes": list(self.notes), "kinds": dict(self.kinds), "past": PAST}
 
 
 def explain(model: str, plan: Plan) -> list[Step]:
@@ -128,6 +134,8 @@ def measure(name: str, program: Program, *, changed: bool = False) -> Step:
         change.notes if change else (),
         memory.peak if memory is not None else None,
         memory.live if memory is not None else (),
+        tuple(sorted(Counter(_op(node) for node in nodes if node.op == "call_function").items())),
+        groups_of(program, _flops),
     )
 
 
@@ -216,39 +224,10 @@ def memory_chart(steps: list[Step], width: int = 60) -> str:
     return "\n".join(lines)
 
 
-def memory_svg(steps: list[Step]) -> str:
-    """The same as a picture, an area for each; empty for a model that reads text."""
-    shown = [step for step in (steps[0], steps[-1]) if step.live]
-    most, areas = max((step.peak or 0 for step in shown), default=1), []
-    for step, colour in zip(shown, ("#bbb", "#07c"), strict=False):
-        across, points = 800 / len(step.live), ["0,200"]
-        for i, (_, size) in enumerate(step.live):
-            height = 200 - 190 * size / most
-            points += [f"{i * across:.1f},{height:.1f}", f"{(i + 1) * across:.1f},{height:.1f}"]
-        label = markup.escape(f"{step.name}: at most {(step.peak or 0) / 2**20:.2f} MiB")
-        areas.append(f'<polygon points="{" ".join([*points, "800,200"])}" fill="{colour}" opacity="0.7"><title>{label}</title></polygon>')
-    return f'<svg viewBox="0 0 800 200" width="800" role="img">{"".join(areas)}</svg>' if areas else ""
+def write_html(path: Path, steps: list[Step], title: str, contract: Contract | None = None, told: Told | None = None) -> None:
+    """The steps as a page that needs no other file; complete or not at all.
 
-
-def write_html(path: Path, steps: list[Step], title: str) -> None:
-    """The steps as a page that needs no other file; complete or not at all."""
-    head = "".join(f"<th>{markup.escape(name)}</th>" for name in _COLUMNS)
-    body = "\n".join("<tr>" + "".join(f"<td>{markup.escape(cell)}</td>" for cell in row) + "</tr>" for row in _rows(steps))
-    style = (
-        "body{font:15px/1.4 sans-serif;margin:2rem}table{border-collapse:collapse}td,th{padding:.3rem .8rem;border-bottom:1px solid #ccc;"
-        "text-align:right}td:first-child,th:first-child,td:last-child,th:last-child{text-align:left}"
-    )
-    page = (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{markup.escape(title)}</title>\n<style>{style}</style>\n'
-        f"<h1>{markup.escape(title)}</h1>\n<p>FLOPs are those of one image, or of one token behind {PAST} cached ones.</p>\n"
-        f"{memory_svg(steps)}\n<table>\n<tr>{head}</tr>\n{body}\n</table>\n</html>\n"
-    )
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(page, encoding="utf-8")
-        os.replace(partial, path)
-    except OSError as error:
-        raise InputError("input-invalid", f"{path} cannot be written: {error.strerror}", where="--html") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    `contract` adds what was measured of the compiled plan, `told` an answer. Raises InputError[input-invalid] where the file cannot be written.
+    """
+    about = f"FLOPs are those of one image, or of one token behind {PAST} cached ones."
+    files.write(path, page(title, steps, about, contract, told).encode())

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from planc.compiler.compile import compile as compile_model
@@ -130,20 +131,12 @@ def expected(engine: Engine, texts: Texts, progress: Callable[[int, int], None] 
             rows = ids[first : min(first + _CHUNK, len(ids) - 1)]
             outputs = engine.forward(cache, Step(rows[None]), logits=True)
             assert outputs.logits is not None
-            logits = outputs.logits[0, : len(rows)]
+            logits = torch.from_numpy(outputs.logits[0, : len(rows)])
+            values, top = logits.topk(min(_TOP, logits.shape[1]))
+            tops.append(top.numpy())
+            shares.append((values - logits.logsumexp(1, keepdim=True)).exp().numpy())
             cache.keep(0, np.arange(len(rows)))
-            top = (
-                np.argpartition(logits, -_TOP, axis=1)[:, -_TOP:]
-                if logits.shape[1] > _TOP
-                else np.tile(np.arange(logits.shape[1]), (len(rows), 1))
-            )
-            best = np.take_along_axis(logits, top, 1)
-            order = np.argsort(-best, axis=1)
-            top, best = np.take_along_axis(top, order, 1), np.take_along_axis(best, order, 1)
-            highest = best[:, :1]
-            tops.append(top.astype(np.int64))
-            shares.append(np.exp(best - highest) / np.exp(logits - highest).sum(1, keepdims=True))
-        found.append(Expected(ids, np.concatenate(tops), np.concatenate(shares).astype(np.float32), start))
+        found.append(Expected(ids, np.concatenate(tops), np.concatenate(shares), start))
         progress(index + 1, len(texts.tokens))
     return found
 

@@ -38,6 +38,10 @@ _OUTSIDE = {
     "explain.py",
     "store.py",
     "colours.py",
+    "run_cli.py",
+    "page.py",
+    "structure.py",
+    "told.py",
     "canvas_view.py",
     "masked_cli.py",
     "fit.py",
@@ -75,10 +79,9 @@ def obtain(plan: Path, model: str, *, progress: bool = True, refresh: bool = Fal
             f"there is no plan or artifact {str(plan)!r}",
             fix="name a YAML file, or a directory that `planc compile` wrote",
         )
-    home = cache_dir() / "artifacts"
-    target = home / key(plan, model)
+    target = _place(plan, model)
     times = target.with_suffix(".json")
-    if is_artifact(target) and times.is_file() and not refresh:
+    if _finished(target) and not refresh:
         os.utime(times)
         return Stored(target, json.loads(times.read_text())["compile_s"], True)
     from planc.compiler.compile import compile as compile_plan
@@ -90,8 +93,22 @@ def obtain(plan: Path, model: str, *, progress: bool = True, refresh: bool = Fal
     partial = times.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps({"compile_s": seconds, "plan": str(plan), "model": model}))
     os.replace(partial, times)
-    _prune(home)
+    _prune(target.parent)
     return Stored(target, seconds, False)
+
+
+def _place(plan: Path, model: str) -> Path:
+    return cache_dir() / "artifacts" / key(plan, model)
+
+
+def _finished(target: Path) -> bool:
+    return is_artifact(target) and target.with_suffix(".json").is_file()
+
+
+def compiled(plan: Path, model: str) -> Path | None:
+    """The cached artifact of `plan` for `model`, if it was compiled before."""
+    target = _place(plan, model)
+    return target if _finished(target) else None
 
 
 def open_plan(plan: Path, model: str, *, progress: bool = True) -> tuple[Executable, Stored]:

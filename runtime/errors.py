@@ -46,6 +46,7 @@ CODES: dict[str, str] = {
     "artifact-version": "the artifact is written for another schema version",
     "artifact-exists": "the output directory exists and is not an artifact",
     "artifact-write": "the artifact cannot be written: no space or no permission",
+    "export-refused": "the artifact cannot run without planc",
     # running
     "prompt-empty": "the prompt has no tokens",
     "prompt-too-long": "the prompt does not fit into the cache",

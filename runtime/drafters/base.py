@@ -89,6 +89,7 @@ class Loaded:
     vocabulary: Vocabulary | None = None  # None: the target's own ids
     cost: CostTable | None = None  # of the passes that draft, as measured
     fuzzy: Engine | None = None  # a cheaper form of the model that works on the same caches (papers/14)
+    levels: tuple[Engine, ...] = ()  # of a draft head with a graph for each depth: those behind the first
 
     @property
     def pass_ms(self) -> float | None:

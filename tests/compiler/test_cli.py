@@ -448,6 +448,7 @@ def test_every_command_of_the_contract() -> None:
     assert set(commands) == {
         "run",
         "compile",
+        "export",
         "bench",
         "check",
         "schema",
@@ -461,3 +462,19 @@ def test_every_command_of_the_contract() -> None:
     }
     for command in commands.values():
         assert command.help
+
+
+@pytest.mark.parametrize("speculative", [True, False])
+def test_the_book_of_an_answer_is_the_answer(speculative: bool) -> None:
+    from planc.compiler.told import tell
+
+    told, answer = tell(executable(speculative), "w1 w2 w3"), executable(speculative).generate("w1 w2 w3")
+    assert "".join(piece.text for piece in told.pieces) == answer.text
+    assert told.tokens == answer.stats.tokens == sum(kept + 1 for _, kept in told.turns)
+    assert told.drafters == (("prompt_lookup", "token_recycling") if speculative else ())
+    assert (told.drafted, told.accepted) == (answer.stats.drafted_by, answer.stats.accepted_by)
+    guessed = [piece for piece in told.pieces if piece.drafters]
+    assert bool(guessed) == speculative
+    assert all(told.turns[piece.turn][1] > 0 for piece in guessed)
+    for name in told.drafters:
+        assert sum(name in piece.drafters for piece in guessed) <= told.accepted[name]

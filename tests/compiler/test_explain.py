@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import models_tiny
 import pytest
+import vision_tiny
+from typer.testing import CliRunner
 
 from planc.compiler import explain
+from planc.compiler.cli import app
 from planc.compiler.explain import PAST, Step, measure, table, write_html
+from planc.compiler.page import _tick, page
 from planc.compiler.plan import Plan
+from planc.compiler.told import Piece, Told
 from planc.passes.fuse_projections import FuseProjections
 from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.skip_layers import SkipLayers
+from planc.runtime.contract import Contract, CostTable
 from planc.runtime.errors import InputError
 
 HIDDEN, MIDDLE, LAYERS, HEADS, KV_HEADS = 32, 48, 2, 4, 2
@@ -100,3 +107,70 @@ def test_table_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     with pytest.raises(InputError, match="cannot be written"):
         write_html(tmp_path / "folder", steps, "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deep", "folder"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_modules_add_up(family: str) -> None:
+    program = models_tiny.decoding(models_tiny.raised(family))
+    step = measure("all", program)
+    assert sum(group.bytes for group in step.groups) == program.bytes() == step.bytes
+    assert sum(group.flops for group in step.groups) == step.flops
+    assert sum(part.calls for group in step.groups for part in group.parts) == step.calls == sum(count for _, count in step.kinds)
+    layers = [group for group in step.groups if group.name.rpartition(".")[2].isdigit()]
+    assert len(layers) == len(program.states)
+    assert len({layer.bytes for layer in layers}) == 1
+    assert all(
+        {part.name for part in layer.parts if part.flops} == {part.name for part in layers[0].parts if part.flops} for layer in layers
+    )
+
+
+def test_a_removed_layer_is_a_gap_in_the_picture() -> None:
+    program = models_tiny.raised("gemma3")
+    before = measure("raise", program)
+    after = measure("skip_layers", models_tiny.apply(program, SkipLayers(layers=(2,))), changed=True)
+    missing = {group.name for group in before.groups} - {group.name for group in after.groups}
+    assert [name.rpartition(".")[2] for name in missing] == ["2"]
+    shown = page("t", [before, after], "about")
+    assert shown.count('class="gone"') == 2, "once in the view of weights, once in that of work"
+    assert "<summary>skip_layers" in shown
+
+
+def test_page_of_everything_names_no_other_file() -> None:
+    before = measure("trace", vision_tiny.tiny_program())
+    table = CostTable(rows=(1, 8), past=(16, 512), measured=(((1.25, 2.5), (1.5, 4.75)),))
+    told = Told("a <prompt>", (Piece("one ", (), 0), Piece("<two>", ("prompt_lookup", "token_recycling"), 1)), ((0, 0), (3, 1)), 2,
+                ("prompt_lookup", "token_recycling"), {"prompt_lookup": 3, "token_recycling": 1}, {"prompt_lookup": 1})  # fmt: skip
+    shown = page("t", [before, before], "about", Contract(cost=table), told)
+    for piece in (
+        "1.25",
+        "4.75",
+        "a &lt;prompt&gt;",
+        "&lt;two&gt;",
+        "prompt_lookup, token_recycling, in pass 1",
+        "prompt_lookup: 1 of 3 guesses accepted",
+    ):
+        assert piece in shown
+    assert "Memory over a pass" in shown and shown.count("<polygon") == 2
+    for outside in ("http:", "https:", "src=", "@import", "url(", "<script"):
+        assert outside not in shown
+    assert "Cost of a pass" not in page("t", [before, before], "about", Contract())
+
+
+@pytest.mark.parametrize("most", [0.003, 0.9, 1, 4.2, 60, 61, 12345])
+def test_ticks_are_round_and_few(most: float) -> None:
+    step = _tick(most)
+    assert 2 < most / step <= 6
+    assert f"{step:e}"[0] in "125"
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PLANC_CACHE", str(tmp_path / "cache"))
+    models_tiny.model("llama").save_pretrained(tmp_path / "model")
+    (tmp_path / "p.yaml").write_text("planc: 1\ndecode: {speculative: {drafter: prompt_lookup}}\n")
+    arguments = ["explain", str(tmp_path / "p.yaml"), "--model", str(tmp_path / "model"), "--json"]
+    done = CliRunner().invoke(app, [*arguments, "--html", str(tmp_path / "e.html")])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout.splitlines()[-1])["steps"][0]["kinds"]["linear"] > 0
+    assert "Cost of a pass" not in (tmp_path / "e.html").read_text(), "nothing was compiled"
+    refused = CliRunner().invoke(app, [*arguments, "--prompt", "x"])
+    assert (refused.exit_code, "--html" in refused.stderr) == (2, True)

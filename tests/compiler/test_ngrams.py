@@ -12,14 +12,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from models_tiny import model
+from tokenizers import Tokenizer
+from tokenizers import models as tokenizer_models
+from toy_engine import ToyEngine
 
 import planc
-from planc.compiler.heads.texts import Texts
+from planc.compiler.heads.texts import Texts, write_texts
 from planc.compiler.ngrams import Expected, agreement_of, count, expected, fit_ngrams
 from planc.compiler.plan import Plan
 from planc.runtime.artifact import read_artifact
+from planc.runtime.decode import Decode
 from planc.runtime.engine import Step
 from planc.runtime.errors import InputError, PlanError
+from planc.runtime.executable import Executable
+from planc.runtime.text import Text
 
 V = 6
 
@@ -103,6 +109,19 @@ def test_from_a_plan_to_a_file_and_into_the_artifact(tmp_path: Path) -> None:
             continue  # its files have moved
         answer, plain = (e.generate(prompts[0], max_new_tokens=40) for e in (found, found.plain()))
         assert answer.ids == plain.ids and answer.stats.drafted_by["ngram_model"] > 0
+
+
+def test_the_model_writes_the_questions_too(tmp_path: Path) -> None:
+    letters = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstu")}
+    tokenizer = Tokenizer(tokenizer_models.BPE(vocab=letters, merges=[]))
+    template = "{% for m in messages %}q{{ m.content }}{% endfor %}{% if add_generation_prompt %}a{% endif %}"
+    exe = Executable(ToyEngine(21), Text(tokenizer, chat_template=template, eos_ids=[20]), Decode(max_new_tokens=8))
+    made = write_texts(exe, None, tmp_path, 400, 30, lambda done, total: None)
+    asked = {tuple(ids[:start].tolist()) for ids, start in zip(made.tokens, made.starts, strict=True)}
+    assert made.written >= 400 and len(asked) > 10
+    assert all(question[0] == letters["q"] and question[-1] == letters["a"] for question in asked)
+    again = write_texts(exe, None, tmp_path, 400, 30, lambda done, total: None)
+    assert all(np.array_equal(one, other) for one, other in zip(made.tokens, again.tokens, strict=True)), "everything was there already"
 
 
 def test_one_plan_for_many_models(tmp_path: Path) -> None:
