@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from planc.compiler.files import write
 from planc.compiler.peers import LOAD_SECONDS, OURS, PEERS, PeerError, PeerMissing, Worker, unknown_peer
 from planc.compiler.quality import WINDOW, perplexity, read_windows
 from planc.compiler.store import Stored, cache_dir, obtain
@@ -506,12 +507,4 @@ def _indented(value: Any, indent: str = "") -> str:
 
 def save(result: dict[str, Any], output: Path) -> None:
     """Write the result as JSON, complete or not at all."""
-    partial = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(_indented(result) + "\n", encoding="utf-8")
-        os.replace(partial, output)
-    except OSError as error:
-        raise InputError("input-invalid", f"{output} cannot be written: {error.strerror}", where="--output") from error
-    finally:
-        partial.unlink(missing_ok=True)
+    write(output, (_indented(result) + "\n").encode(), "--output")

@@ -9,9 +9,11 @@ A statistic is a mergeable accumulator: parts of a text, or several workers, giv
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 import torch
@@ -187,6 +189,73 @@ class RowPeaks(Statistic):
         return torch.cat(self._parts)
 
 
+class Histogram(Statistic):
+    """How often values occur, channels together: [BINS] float64, bins of equal width around zero whose span is the least power of two that fits."""
+
+    BINS: ClassVar[int] = 4096
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.low, self.high = 0.0, 0.0  # of the values seen, and zero
+        self.span = 2.0**-20
+        self.counts = torch.zeros(self.BINS, dtype=torch.float64)
+
+    def add(self, x: Tensor) -> None:
+        values = x.float().flatten()
+        low, high = (float(v) for v in values.aminmax())
+        if not (math.isfinite(low) and math.isfinite(high)):
+            self.counts = self.counts + torch.nan
+        else:
+            self.low, self.high = min(self.low, low), max(self.high, high)
+            self._reach(max(-self.low, self.high))
+            self.counts += torch.histc(values, self.BINS, -self.span, self.span).double()
+        self.count += len(values)
+
+    def _reach(self, largest: float) -> None:
+        while self.span < largest:  # two bins become one, and there is room for as many again on both sides
+            half = torch.zeros(self.BINS // 4, dtype=torch.float64)
+            self.counts = torch.cat((half, self.counts.reshape(-1, 2).sum(1), half))
+            self.span *= 2
+
+    def merge(self, other: Self) -> None:
+        self.low, self.high = min(self.low, other.low), max(self.high, other.high)
+        copy = Histogram()
+        copy.counts, copy.span = other.counts, other.span
+        self._reach(copy.span)
+        copy._reach(self.span)
+        self.counts = self.counts + copy.counts
+        self.count += other.count
+
+    @property
+    def centres(self) -> Tensor:
+        """The middle of every bin, [BINS] float64."""
+        return (torch.arange(self.BINS, dtype=torch.float64) + 0.5) * (2 * self.span / self.BINS) - self.span
+
+    @property
+    def value(self) -> Tensor:
+        return self.counts
+
+
+class CodeCounts(Statistic):
+    """How often each of 256 codes occurs in every sequence or image: [images, 256] float64."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._rows: list[Tensor] = []
+
+    def add(self, x: Tensor) -> None:
+        self._rows += [torch.bincount(image.flatten().int(), minlength=256).double() for image in x]
+        self.count += x.shape[0] * x.shape[1]
+
+    def merge(self, other: Self) -> None:
+        self._rows = [*self._rows, *other._rows]
+        self.count += other.count
+
+    @property
+    def value(self) -> Tensor:
+        return torch.stack(self._rows)
+
+
 S = TypeVar("S", bound=Statistic)
 
 
@@ -239,7 +308,8 @@ def collect(
         batches = progress(batches, "calibrating")
     for inputs in batches:
         left = len(nodes)
-        for node, value in execute(program, inputs):
+        given = [(node, inputs[str(node.target)]) for node in nodes if node.op == "placeholder"]  # a run yields what it computes
+        for node, value in chain(given, execute(program, inputs)):
             if node not in nodes:
                 continue
             x = value.movedim(axes.get(node, -1), -1)
@@ -359,7 +429,12 @@ def calibration_text(context: Context, key: str) -> Tensor:
     """The ids (or images) that the pass `key` calibrates on; CompileError[pass-refused] when there are none."""
     if context.calibration is None:
         message = f"{key} needs text or images to calibrate on, and none came with the model"
-        raise CompileError("pass-refused", message, where=f"pass {key}", fix="pass calibration=ids, or images, to compile")
+        raise CompileError(
+            "pass-refused",
+            message,
+            where=f"pass {key}",
+            fix="pass calibration=ids, or images, to compile, or name them in the plan's `calibration`",
+        )
     return context.calibration
 
 

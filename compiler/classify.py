@@ -8,6 +8,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,11 +29,12 @@ from planc.passes.patchwise import Patchwise
 from planc.runtime.artifact import Manifest, write_artifact
 from planc.runtime.contract import Contract, PassEffect, hardware
 from planc.runtime.decode import Decode
-from planc.runtime.errors import PlanError
+from planc.runtime.errors import InputError, PlanError
 from planc.runtime.registry import parts
 from planc.runtime.vision import Classifier
 
 LABELS_FILE = "labels.txt"
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")  # of the files to calibrate on
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,26 @@ def traced(model: LoadedClassifier) -> Program:
     return program
 
 
+def calibration_images(model: LoadedClassifier, plan: Plan) -> Tensor | None:
+    """The images [S, C, Y, X] that the plan names, as the model takes them; None where it names none.
+
+    Raises PlanError[plan-conflict] for a text, InputError[input-invalid] for a folder without images or a file that is none.
+    """
+    if (chosen := plan.calibration) is None:
+        return None
+    if chosen.images is None:
+        raise PlanError("plan-conflict", "the plan calibrates on text, but the model classifies images", plan=plan.where("calibration"))
+    folder = plan.folder / Path(chosen.images).expanduser()
+    files = sorted(f for f in folder.glob("*") if f.suffix.lower() in IMAGE_SUFFIXES)
+    if not files:
+        where = plan.where("calibration", "images")
+        raise InputError(
+            "input-invalid", f"there are no images in {folder}", where=where, fix=f"it wants files {', '.join(IMAGE_SUFFIXES)}"
+        )
+    few = files if len(files) <= chosen.count else [files[i * len(files) // chosen.count] for i in range(chosen.count)]
+    return torch.from_numpy(np.stack([model.image.pixels(file) for file in few]))
+
+
 def rewrite(
     model: LoadedClassifier,
     plan: Plan,
@@ -83,6 +105,8 @@ def rewrite(
     note("tracing")
     program = traced(model)
     sample = torch.randn(1, *model.image.shape, generator=torch.Generator().manual_seed(0)) if check else None
+    if calibration is None and any(p.calibrates for p in passes):
+        calibration = calibration_images(model, plan)
     program, effects = run_passes(program, passes, Context(calibration, folder=plan.folder), sample=sample, note=note)
     return PlannedClassifier(program, effects, model, plan)
 

@@ -244,50 +244,43 @@ def bench(
 def fit(
     plan: PlanArg,
     model: Model = DEFAULT_MODEL,
-    prompts: Annotated[str | None, typer.Option(help="file of prompts to learn from, as for `bench`", show_default=False)] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="file of prompts to learn from, as for `bench`; left out: drafters learn from questions that the model writes itself",
+            show_default=False,
+        ),
+    ] = None,
     suite: Annotated[str | None, typer.Option(help="learn from examples of these tasks: parallelbench")] = None,
     limit: Annotated[int, typer.Option(min=1, help="prompts in all")] = 400,
     seed: Annotated[int, typer.Option(min=0)] = 0,
-    work: Annotated[Path | None, typer.Option(help="draft_head: folder from which an interrupted run goes on [default: FILE.fit]")] = None,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="draft_head: file to write [default: the one that the plan names]")
+    work: Annotated[
+        Path | None, typer.Option(help="draft_head, ngram_model: folder from which an interrupted run goes on [default: FILE.fit]")
     ] = None,
-    tokens: Annotated[int, typer.Option(min=1, help="draft_head: tokens that the target writes to learn from")] = 150_000,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="draft_head, ngram_model: file to write [default: the one that the plan names]")
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=1, help="draft_head, ngram_model: tokens that the target writes to learn from")] = 150_000,
     steps: Annotated[int, typer.Option(min=1, help="draft_head: steps of training")] = 400,
+    minutes: Annotated[
+        float | None, typer.Option(min=0.01, help="draft_head: minutes of training instead of `steps`; the rate falls with the time left")
+    ] = None,
+    unroll: Annotated[
+        int, typer.Option(min=1, max=8, help="draft_head with a decoder layer: guesses deep that it is fed its own estimates in training")
+    ] = 3,
     rate: Annotated[float, typer.Option(min=0.0, help="draft_head: highest learning rate")] = 1e-3,
     png: Annotated[Path | None, typer.Option(help="draft_head: draw the loss here")] = None,
     as_json: Json = False,
 ) -> None:
     """Learn what parts of a plan need from data, and write the files that they name beside the plan."""
-    from planc.compiler import files
-    from planc.compiler.bench import load_prompts
-    from planc.compiler.fit import fit as fit_plan
-    from planc.compiler.heads.fit import fit_head, head_of_plan
+    from planc.compiler.fit_cli import fit_parts, texts_of
     from planc.compiler.heads.train import Options
     from planc.compiler.plan import Plan
-    from planc.compiler.suites.run import SUITES, draw, trained_tasks
-    from planc.runtime.profile import titled_bar
 
-    if (prompts is None) == (suite is None) or (suite is not None and suite not in SUITES):
-        raise InputError("input-invalid", "name prompts to learn from", fix="--prompts FILE, or --suite parallelbench")
     read = Plan.from_yaml(plan)
-    if prompts is not None:
-        texts = [prompt.text for prompt in load_prompts(prompts, limit)]
-    else:
-        tasks = trained_tasks(model)
-        texts = [example.prompt for example in draw(tasks, -(-limit // len(tasks)), seed + 1)][:limit]
-    if head_of_plan(read) is not None:
-        options = Options(steps=steps, rate=rate, seed=seed)
-        with titled_bar() as show:
-            made = fit_head(model, read, texts, work, out=out, tokens=tokens, options=options, progress=show)
-        if png is not None:
-            files.write(png, made.picture(f"{plan.stem} on {model}"))
-        found = {"draft_head": made.as_dict()}
-        print(made)
-    else:
-        found = fit_plan(read, model, texts, seed=seed, note=lambda line: print(line, file=sys.stderr))
-        for key, figures in found.items():
-            print(f"{key}: {figures['file']}")
+    texts = texts_of(model, prompts, suite, limit, seed)
+    options = Options(steps=steps, minutes=minutes, rate=rate, unroll=unroll, seed=seed)
+    found = fit_parts(model, read, texts, options, work=work, out=out, tokens=tokens, png=png)
     if as_json:
         _print_json({"plan": str(plan), "model": model, "fitted": found})
 

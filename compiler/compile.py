@@ -58,6 +58,7 @@ class Planned:
     model: LoadedModel
     plan: Plan
     text_ids: tuple[int, ...]  # real text for probes: calibration text, or the model's own numbers where there is no tokenizer
+    deeper: tuple[Program, ...] = ()  # of a draft head with a graph for each depth: those behind the first
 
 
 def compile(  # noqa: A001 - the public name
@@ -133,15 +134,17 @@ def rewrite(
     disable: Sequence[str] = (),
     check: bool = True,
     note: Callable[[str], None] = lambda text: None,
+    program: Program | None = None,
 ) -> Planned:
-    """The first half of `compile`: load, trace, raise and apply all passes."""
+    """The first half of `compile`: load, trace, raise and apply all passes. `program`: the model, where it was raised already."""
     chosen = _plan(plan)
     check_closed(chosen)
     passes = demanded(chosen, disable)
     note("loading the model")
     loaded = model if isinstance(model, LoadedModel) else load_model(model, tokenizer=tokenizer)
-    note("tracing")
-    program = raised(loaded)
+    if program is None:
+        note("tracing")
+        program = raised(loaded)
     if chosen.decode.masked is not None and chosen.decode.masked.mask_token is not None:
         program = program.replace(info=replace(program.info, mask_id=chosen.decode.masked.mask_token))
     ids = text_ids(loaded)
@@ -233,6 +236,8 @@ def context_of(plan: Plan, model: LoadedModel, ids: Sequence[int], calibration: 
     """
     if calibration is None and plan.calibration is not None:
         chosen, where = plan.calibration, plan.where("calibration", "text") or "calibration.text"
+        if chosen.text is None:
+            raise PlanError("plan-conflict", "the plan calibrates on images, but the model reads text", plan=plan.where("calibration"))
         file = plan.folder / Path(chosen.text).expanduser()
         windows = read_windows(file, text_of(model).encode, tokens=chosen.tokens, window=chosen.length, where=where)
         calibration = torch.tensor([w for w in windows if len(w) == chosen.length] or windows[:1])

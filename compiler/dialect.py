@@ -441,7 +441,9 @@ def _pool_fake(x: Tensor, kernel: list[int], stride: list[int], pads: list[int],
 
 @_op("max_pool2d", _pool_fake)
 def max_pool2d(x: Tensor, kernel: list[int], stride: list[int], pads: list[int], dilation: list[int]) -> Tensor:
-    """Largest value of every window of x [B,C,Y,X]; what lies outside the image, `pads` (top, left, bottom, right), is minus infinity."""
+    """Largest value of every window of x [B,C,Y,X]; what lies outside the image, `pads` (top, left, bottom, right), is less than any value."""
+    if not x.is_floating_point():
+        return F.max_pool2d(_padded(x, pads, 0).float(), kernel, stride, 0, dilation).to(x.dtype)
     return F.max_pool2d(_padded(x, pads, -torch.inf), kernel, stride, 0, dilation)
 
 
@@ -461,6 +463,74 @@ def upsample2d(x: Tensor, factors: list[int]) -> Tensor:
     return x.repeat_interleave(factors[0], 2).repeat_interleave(factors[1], 3)
 
 
+# ---- maps as codes: uint8, where a code q stands for the number (q - zero) * scale; both are float32 and integer constants of the graph ----
+
+
+def _codes(steps: Tensor, zero: int, low: int, high: int) -> Tensor:
+    """The nearest codes, ties to even, within low .. high."""
+    return (torch.round(steps) + zero).clamp(low, high).to(torch.uint8)
+
+
+@_op("quantize", lambda x, scale, zero, low, high: torch.empty_like(x, dtype=torch.uint8))
+def quantize(x: Tensor, scale: float, zero: int, low: int, high: int) -> Tensor:
+    """Codes low .. high (0 .. 255 at most) of float32 values."""
+    return _codes(x.float() / torch.tensor(scale, dtype=torch.float32), zero, low, high)
+
+
+@_op("dequantize", lambda x, scale, zero: torch.empty_like(x, dtype=torch.float32))
+def dequantize(x: Tensor, scale: float, zero: int) -> Tensor:
+    """The numbers, float32, that codes stand for."""
+    return (x.float() - zero) * torch.tensor(scale, dtype=torch.float32)
+
+
+def _conv_int8_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: list[int], pads: list[int], dilation: list[int], groups: int, *rest: Any
+) -> Tensor:
+    return _conv_fake(x, weight, bias, stride, pads, dilation, groups)
+
+
+@_op("conv2d_int8", _conv_int8_fake)
+def conv2d_int8(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    stride: list[int],
+    pads: list[int],
+    dilation: list[int],
+    groups: int,
+    steps: Tensor,
+    x_scale: float,
+    x_zero: int,
+    scale: float,
+    zero: int,
+    low: int,
+    high: int,
+) -> Tensor:
+    """`conv2d` of codes x [B,C,Y,X] with weight [N,C/groups,h,w] int8 -> codes low .. high of `scale` and `zero`.
+
+    Weights of output n are whole `steps[n]`, bias [N] int32 whole steps[n] * x_scale, and padding is the code `x_zero`. Sums are exact integers,
+    rounded once, when they become codes.
+    """
+    largest = 255 * weight.abs().float().flatten(1).sum(1).max()  # beyond 2^24 float32 has no room for all integers
+    wide = torch.float32 if largest < 2**24 else torch.float64
+    sums = conv2d(x.to(wide) - x_zero, weight.to(wide), None, stride, pads, dilation, groups).double()
+    if bias is not None:
+        sums = sums + bias.double()[:, None, None]
+    x_step, step = (torch.tensor(s, dtype=torch.float32) for s in (x_scale, scale))
+    return _codes(sums.float() * (x_step * steps / step)[:, None, None], zero, low, high)
+
+
+@_op("add_int8", lambda a, b, *rest: torch.empty_like(a))
+def add_int8(
+    a: Tensor, b: Tensor, a_scale: float, a_zero: int, b_scale: float, b_zero: int, scale: float, zero: int, low: int, high: int
+) -> Tensor:
+    """Codes low .. high of the sum of two maps of one shape. Backends may round near a tie otherwise: by one code."""
+    first, second = ((v.double() - z) * (s / scale) for v, s, z in ((a, a_scale, a_zero), (b, b_scale, b_zero)))
+    return _codes(first + second, zero, low, high)
+
+
 OPS = torch.ops.planc
+#: convolutions; their first seven arguments are the same
+CONVOLUTIONS = (OPS.conv2d.default, OPS.conv2d_int8.default)
 #: dense products; x is the first argument
 LINEARS = (torch.ops.aten.linear.default, OPS.linear_int8.default, OPS.linear_blocks.default, OPS.linear_lookup.default)

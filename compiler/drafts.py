@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,13 @@ from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.skip_layers import SkipLayers
 from planc.passes.trim_vocab import TrimVocab
 from planc.runtime import profile
-from planc.runtime.artifact import MANIFEST, Manifest, read_artifact
+from planc.runtime.artifact import MANIFEST, Manifest, read_artifact, sha256
 from planc.runtime.contract import Contract, hardware
 from planc.runtime.decode import Decode
-from planc.runtime.drafters import DraftHead, DraftModel, SelfSkip
+from planc.runtime.drafters import DrafterPart, DraftHead, DraftModel, NgramModel, SelfSkip
 from planc.runtime.drafters.draft_head import HEAD
 from planc.runtime.drafters.draft_model import FOLDER, FUZZY
+from planc.runtime.drafters.ngram_model import load_table
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import CompileError, PlanError
@@ -36,13 +38,20 @@ from planc.runtime.text import TOKENIZER, Text
 if TYPE_CHECKING:
     from planc.compiler.compile import Planned
 
+DATA = "drafters"  #: where the artifact of a target keeps files that its drafters read
+
 _DEAREST, _PAST = 0.9, 128  # a fuzzy form whose pass takes a larger share of the exact form's, behind so many tokens, is left out
 
 
-def places_of(plan: Plan) -> dict[int, DraftModel | SelfSkip | DraftHead]:
+def places_of(plan: Plan) -> dict[int, DrafterPart]:
     """The plan's drafters that need something in the artifact, by their place in the list."""
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
-    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip | DraftHead)}
+    return {i: part for i, part in enumerate(drafters) if isinstance(part, DraftModel | SelfSkip | DraftHead) or data_of(part) is not None}
+
+
+def data_of(part: DrafterPart) -> str | None:
+    """The file that a drafter reads, as the plan names it."""
+    return getattr(part, part.data_file) if part.data_file is not None else None
 
 
 def attach_drafts(
@@ -54,7 +63,7 @@ def attach_drafts(
         return manifest
     decode = Decode.model_validate(manifest.decode)
     assert decode.speculative is not None
-    drafters = list(decode.speculative.drafter)
+    drafters: list[DrafterPart | None] = list(decode.speculative.drafter)
     for index, part in parts.items():
         place = planned.plan.where("decode", "speculative", "drafter", index)
         try:
@@ -64,13 +73,16 @@ def attach_drafts(
             elif isinstance(part, DraftHead):
                 _attach_head(planned, part, place, directory / HEAD, measure, note)
                 drafters[index] = part.model_copy(update={"artifact": HEAD, "file": None})
-            else:
+            elif isinstance(part, SelfSkip):
                 drafters[index], found = fit_skip(part, engine, planned.text_ids, manifest.contract, note)
                 extra |= found
+            else:
+                drafters[index] = _attach_data(planned, part, index, directory, note)
         except PlanError as error:
             error.plan = error.plan or place
             raise
-    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": tuple(drafters)})})
+    left = tuple(part for part in drafters if part is not None)
+    decode = decode.model_copy(update={"speculative": decode.speculative.model_copy(update={"drafter": left}) if left else None})
     return manifest.model_copy(update={"decode": decode.model_dump(mode="json"), "extra": extra})
 
 
@@ -106,20 +118,52 @@ def _attach_model(
 
 def _attach_head(planned: Planned, part: DraftHead, place: str | None, target: Path, measure: bool, note: Callable[[str], None]) -> None:
     """Write the trained head into the folder `target`."""
+    from planc.compiler.compile import raised
+
     note("the draft head")
     if part.file is None:
         message = "draft_head has no trained head yet"
         raise PlanError("plan-bad-value", message, plan=place, fix="name a `file`, and make it with `planc fit`")
-    passes = (*head_passes(planned.program, part), LoadWeights(file=part.file), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
-    plan = Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target)
-    _write(planned, planned.model, plan, target, measure, note, "the draft head")
+    bare = raised(planned.model)
+    plans = []
+    for made in head_passes(bare, part):
+        passes = (*made, LoadWeights(file=part.file, only=made[-1].own), TrimVocab(file=part.file), QuantizeWeights(format="int8"))
+        plans.append(Plan(Source(str(planned.plan.folder / "head.yaml")), passes=passes, target=planned.plan.target))
+    _write(planned, planned.model, plans[0], target, measure, note, "the draft head", bare, plans[1:])
 
 
-def head_passes(target: Program, part: DraftHead) -> tuple[Pass, ...]:
-    """What makes the target a draft head that is not trained yet."""
-    layers = [block.index for block in find_blocks(target)]
+def file_for(path: str, model: str) -> str:
+    """A path of a plan with the model's name in the place of `{model}`."""
+    return path.replace("{model}", Path(model).name)
+
+
+def _attach_data(planned: Planned, part: DrafterPart, index: int, directory: Path, note: Callable[[str], None]) -> DrafterPart | None:
+    """Copy the file that a drafter reads into the artifact, after it was read once; the drafter that finds it there, None if it is left out."""
+    name, vocabulary_size = data_of(part), planned.program.info.vocab_size
+    assert name is not None and part.data_file is not None
+    source = _beside(planned.plan, file_for(name, planned.model.name))
+    if isinstance(part, NgramModel) and part.optional and not source.exists():
+        note(f"no {source}: compiled without it; `planc fit` makes one")
+        return None
+    part.model_copy(update={part.data_file: str(source)}).build(vocabulary_size)
+    if isinstance(part, NgramModel) and (tokenizer := planned.model.tokenizer_files.get(TOKENIZER)) is not None:
+        made_for = load_table(source, vocabulary_size).about.get("tokenizer")
+        if made_for is not None and made_for != sha256(tokenizer):
+            message = f"ngram_model: {name} was counted on the token ids of another model"
+            raise PlanError("draft-mismatch", message, fix="make one for this model with `planc fit`")
+    place = f"{DATA}/{index}{source.suffix}"
+    (directory / DATA).mkdir(exist_ok=True)
+    shutil.copyfile(source, directory / place)
+    return part.model_copy(update={part.data_file: place})
+
+
+def head_passes(bare: Program, part: DraftHead) -> list[tuple[*tuple[Pass, ...], AttachHead]]:
+    """What makes of the model, as it is before any pass, each graph of a draft head that is not trained yet."""
+    if part.body == "mlp":
+        return [(AttachHead(body="mlp", fuse=part.fused, level=level, blocks=part.blocks),) for level in range(1, part.levels + 1)]
+    layers = [block.index for block in find_blocks(bare)]
     layer = layers[part.layer] if -len(layers) <= part.layer < 0 else part.layer
-    return SkipLayers(keep=(layer,)), AttachHead(fuse=part.fuse, feedback=part.feedback)
+    return [(SkipLayers(keep=(layer,)), AttachHead(fuse=part.fused, feedback=part.feedback))]
 
 
 def _beside(plan: Plan, path: str) -> Path:
@@ -148,13 +192,29 @@ def _compile(
         raise CompileError("pass-no-match", message, plan=place, fix="remove it, or give the draft model a plan of its own")
 
 
-def _write(planned: Planned, model: Any, plan: Plan, target: Path, measure: bool, note: Callable[[str], None], name: str) -> Planned:
-    """The artifact `target` of what drafts for `planned`: `model` by `plan`."""
+def _write(
+    planned: Planned,
+    model: Any,
+    plan: Plan,
+    target: Path,
+    measure: bool,
+    note: Callable[[str], None],
+    name: str,
+    bare: Program | None = None,
+    deeper: Sequence[Plan] = (),
+) -> Planned:
+    """The artifact `target` of what drafts for `planned`: `model` by `plan`; `bare` is the model where it was raised already.
+
+    `deeper` are the plans of a head's graphs for further guesses.
+    """
     from planc.compiler.compile import capacity_of, rewrite, tree_form
 
-    if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
-        plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
-    draft = rewrite(model, plan, note=lambda text: note(f"{name}: {text}"))
+    def rewritten(plan: Plan) -> Planned:
+        if tree_form(planned.plan) != "none" and not any(isinstance(p, KvCache) for p in plan.passes):
+            plan = plan.model_copy(update={"passes": (*plan.passes, KvCache(trees="fused"))})  # so that siblings share a pass
+        return rewrite(model, plan, note=lambda text: note(f"{name}: {text}"), program=bare)
+
+    draft = replace(rewritten(plan), deeper=tuple(rewritten(each).program for each in deeper))
 
     def finish(engine: Engine, capacity: int) -> Contract:
         """Exactness is nobody's concern: the target verifies every guess."""

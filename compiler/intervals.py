@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
+from planc.compiler.dialect import CONVOLUTIONS, OPS
 from planc.compiler.memory import POINTWISE
 
 aten = torch.ops.aten
 Interval = tuple[int, int]
 PADS = (aten.pad.default, aten.constant_pad_nd.default)
+_LOCAL = POINTWISE | {aten.batch_norm.default, OPS.quantize.default, OPS.dequantize.default, OPS.add_int8.default}
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ def rules(node: Node) -> tuple[Rule, Rule] | None:
     if not _is_map(node):
         return None
     target = node.target
-    if target is OPS.conv2d.default:
+    if target in CONVOLUTIONS:
         weight: Any = node.args[1]
         stride, pads, dilation = node.args[3:6]
         return _windows(weight.meta["val"].shape[2:], stride, pads, dilation)
@@ -76,7 +77,7 @@ def rules(node: Node) -> tuple[Rule, Rule] | None:
     if target is OPS.upsample2d.default:
         factors: Any = node.args[1]
         return Rule(factor=factors[0]), Rule(factor=factors[1])
-    if target in POINTWISE or target is aten.batch_norm.default:
+    if target in _LOCAL:
         sizes = {tuple(n.meta["val"].shape[2:]) for n in maps_read(node)}
         return (Rule(), Rule()) if sizes == {tuple(node.meta["val"].shape[2:])} and _parameters_fit(node) else None
     if target is aten.cat.default and node.args[1] % 4 == 1:  # type: ignore[operator]

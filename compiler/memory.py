@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
+from planc.compiler.dialect import CONVOLUTIONS, OPS
 from planc.compiler.program import Program
 
 aten = torch.ops.aten
@@ -57,7 +57,7 @@ POINTWISE = {
     aten.mul.Tensor,
     aten.div.Tensor,
 }
-_PRODUCTS = {OPS.conv2d.default, aten.linear.default, aten.addmm.default, aten.mm.default}
+_PRODUCTS = {*CONVOLUTIONS, aten.linear.default, aten.addmm.default, aten.mm.default}
 
 
 class Allocation(BaseModel):
@@ -69,6 +69,7 @@ class Allocation(BaseModel):
     fuse_residual: bool = Field(False, description="the product in front of a residual sum is added to the other operand where that lies")
     place_concat: bool = Field(True, description="what is only concatenated is written to its place in the result at once")
     element_bytes: int | None = Field(None, ge=1, description="bytes of an element; left out: those of its type (1 plans for int8)")
+    packed: bool = Field(False, description="codes of 4 or 2 bits lie two or four to a byte")
 
 
 @dataclass(frozen=True)
@@ -246,7 +247,7 @@ def ops_of(program: Program, allocation: Allocation) -> list[Op]:
             held: Any = node.args[0] if _is_half_a_crop(node) else node  # as long as a range is read, all of its source is kept
             while _is_half_a_crop(held):
                 held = held.args[0]
-            ops.append(Op(node.name, _reads(node), _bytes(held, allocation.element_bytes), kind_of(node), _channel(node, allocation)))
+            ops.append(Op(node.name, _reads(node), _bytes(held, allocation), kind_of(node), _channel(node, allocation)))
     return ops
 
 
@@ -270,6 +271,8 @@ def kind_of(node: Node) -> Kind:
             return "compute"  # something is broadcast
         plain = node.target is aten.add.Tensor and len(_reads(node)) == 2 and not node.kwargs
         return "sum" if plain else "pointwise"
+    if node.target is OPS.add_int8.default:
+        return "sum"
     if is_depthwise(node):
         return "depthwise"
     return "product" if node.target in _PRODUCTS else "compute"
@@ -282,7 +285,7 @@ def _is_half_a_crop(node: Node) -> bool:
 
 def is_depthwise(node: Node) -> bool:
     """A convolution of every channel by itself."""
-    if node.target is not OPS.conv2d.default:
+    if node.target not in CONVOLUTIONS:
         return False
     weight: Any = node.args[1]
     outputs, per_group = weight.meta["val"].shape[:2]
@@ -302,10 +305,21 @@ def _tensors(node: Node) -> bool:
     return isinstance(value, Tensor) or (isinstance(value, list | tuple) and all(isinstance(v, Tensor) for v in value))
 
 
-def _bytes(node: Node, element_bytes: int | None) -> int:
+def bits_of(node: Any) -> int:
+    """Bits of one element: those that codes need, or those of the type."""
+    if node.target in (OPS.quantize.default, OPS.conv2d_int8.default, OPS.add_int8.default):
+        return next(b for b in (1, 2, 4, 8) if int(node.args[-1]) < 2**b)
+    if node.meta["val"].dtype is not torch.uint8 or not node.all_input_nodes:
+        return int(8 * node.meta["val"].element_size())
+    return max(bits_of(source) for source in node.all_input_nodes)  # the same codes elsewhere
+
+
+def _bytes(node: Node, allocation: Allocation) -> int:
     value = node.meta["val"]
     values = [value] if isinstance(value, Tensor) else list(value)
-    return sum(_elements(v.shape) * (element_bytes or v.element_size()) for v in values)
+    if allocation.packed and isinstance(value, Tensor) and value.dtype is torch.uint8:
+        return -(-_elements(value.shape) * bits_of(node) // 8)
+    return sum(_elements(v.shape) * (allocation.element_bytes or v.element_size()) for v in values)
 
 
 def _channel(node: Node, allocation: Allocation) -> int:

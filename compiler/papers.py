@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import sys
 import time
 import traceback
@@ -20,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from planc.compiler.files import write
 from planc.runtime.contract import hardware
 from planc.runtime.errors import InputError, PlancError
 
@@ -170,15 +170,8 @@ def _load_checks() -> dict[int, Check]:
 
 
 def _write_results(results: dict[str, Any]) -> None:
-    path = results_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    try:
-        ordered = dict(sorted(results.items(), key=lambda entry: int(entry[0])))
-        partial.write_text(json.dumps({"papers": ordered}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    ordered = dict(sorted(results.items(), key=lambda entry: int(entry[0])))
+    write(results_file(), (json.dumps({"papers": ordered}, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def main(arguments: list[str]) -> int:

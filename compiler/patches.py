@@ -6,21 +6,24 @@ cut's rows and columns, each time on the part of the image that the cell needs; 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import product
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
+from planc.compiler.dialect import CONVOLUTIONS, OPS
 from planc.compiler.intervals import PADS, Demand, Interval, cut, demand, maps_read, rules
 from planc.compiler.memory import POINTWISE, Allocation, Op, kind_of, ops_of, plan_ops
 from planc.compiler.program import Program
 
 GRID = (1, 2, 3, 4, 6)  #: rows and columns of the grids that are tried
 V = TypeVar("V")
+_aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Cell:
     rows: Demand
     columns: Demand
 
+    @property
+    def place(self) -> Interval:
+        """Row and column of the cut where this part begins."""
+        return next(iter(self.rows.cover.values()))[0], next(iter(self.columns.cover.values()))[0]
+
     def shape(self, node: Node) -> tuple[int, int, int]:
         """Channels, rows and columns of a value in this part."""
         (top, bottom), (left, right) = self.rows.cover[node], self.columns.cover[node]
@@ -68,6 +76,9 @@ class Cell:
 
 class Emitter(Generic[V]):
     """What `schedule` builds with: nodes of a graph, or operations to be counted."""
+
+    def begin(self, cell: Cell) -> None:
+        """What follows belongs to this part."""
 
     def crop(self, value: V, node: Node, window: tuple[Interval, Interval]) -> V:
         """A window of a value."""
@@ -100,6 +111,7 @@ def schedule(stage: Stage, image: V, parts: Sequence[Sequence[Cell]], emit: Emit
 
 def one_part(stage: Stage, image: V, cell: Cell, emit: Emitter[V]) -> V:
     """The stage on one part of the image."""
+    emit.begin(cell)
     values = {stage.image: image}
     whole = {stage.image: tuple((0, int(size)) for size in stage.image.meta["val"].shape[2:])}
     for node in stage.nodes:
@@ -121,9 +133,9 @@ def one_part(stage: Stage, image: V, cell: Cell, emit: Emitter[V]) -> V:
 
 
 def macs(node: Node) -> int:
-    """Multiplications of a product for one image."""
+    """Multiplications of a product, or of an attention, for one image."""
     name = getattr(node.target, "__name__", "")
-    if node.target is OPS.conv2d.default:
+    if node.target in CONVOLUTIONS:
         weight: Any = node.args[1]
         channels, rows, columns = node.meta["val"].shape[1:]
         _, per_group, height, width = weight.meta["val"].shape
@@ -136,6 +148,12 @@ def macs(node: Node) -> int:
         for size in positions:
             total *= size
         return total
+    if node.target in (_aten.matmul.default, _aten.bmm.default):
+        return math.prod(int(s) for s in node.meta["val"].shape if isinstance(s, int)) * int(node.args[0].meta["val"].shape[-1])  # type: ignore[union-attr]
+    if node.target is _aten.scaled_dot_product_attention.default or node.target is OPS.attention.default:
+        rows, keys, values = ([int(s) for s in n.meta["val"].shape[1:]] for n in node.args[:3])  # type: ignore[union-attr]
+        keys_axis = 0 if node.target is OPS.attention.default else -2  # q [B,R,H,D], k [B,T,G,D]; or q [B,...,R,D], k [B,...,T,D]
+        return math.prod(rows[:-1]) * keys[keys_axis] * (rows[-1] + values[-1])
     return 0
 
 
@@ -268,7 +286,7 @@ class Search:
                 pending[source] -= 1
             live = {value for value in live if pending[value]}
             fused = len(node.users) == 1 and (reader := next(iter(node.users))).target in POINTWISE and len(maps_read(reader)) == 1
-            if live == {node} and not fused:
+            if live == {node} and not fused and node.target is not OPS.dequantize.default:  # codes are cut, they are smaller
                 stages.append(Stage(image, tuple(nodes)))
         return tuple(stages), None
 

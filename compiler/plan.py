@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, PrivateAttr, ValidationError, model_validator
 
 from planc.compiler.cache_conflicts import check_cache
 from planc.compiler.plan_source import Source, YamlPath, dotted, dump, explain, read
@@ -39,13 +39,21 @@ class Target(BaseModel):
 
 
 class Calibration(BaseModel):
-    """Text for passes that measure what goes through the model."""
+    """Text, or for classifiers images, for passes that measure what goes through the model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    text: str = Field(description="a text file; counts from the folder of the plan")
+    text: str | None = Field(None, description="a text file; counts from the folder of the plan")
+    images: str | None = Field(None, description="a folder of image files; counts from the folder of the plan")
+    count: PositiveInt = Field(32, description="how many of the images are used, evenly spread over the sorted names")
     tokens: PositiveInt = Field(16384, description="how many of its tokens are used")
     length: PositiveInt = Field(512, ge=2, description="tokens per sequence")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.text is None) == (self.images is None):
+            raise ValueError("name one of text and images")
+        return self
 
 
 class Plan(BaseModel):

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from planc.runtime.filler import Filler
     from planc.runtime.vision import Classifier
 
+_NAMING = ("file", "second_model", "source", "warm")  # options that name a file to read
+
 KEEP = 8  #: cached artifacts; the least recently used ones go first
 
 #: Sources that cannot change an artifact.
@@ -150,13 +152,18 @@ def key(plan: Path, model: str) -> str:
 
 
 def _file_identities(plan: Any, folder: Path) -> list[str]:
-    """What the files are that options called `file` or `second_model` name, wherever they stand in the plan."""
+    """What the files are that the options in `_NAMING` name, wherever they stand in the plan."""
     if isinstance(plan, list):
         return [line for item in plan for line in _file_identities(item, folder)]
     if not isinstance(plan, dict):
         return []
-    named = [plan[name] for name in ("file", "second_model") if isinstance(plan.get(name), str)]
-    here = [_model_identity(str(folder / name)) for name in named]
+    named = [plan[name] for name in _NAMING if isinstance(plan.get(name), str)]
+    # a name with the model's in it may mean any of these
+    here = [
+        _model_identity(str(file))
+        for name in named
+        for file in (sorted(folder.glob(name.replace("{model}", "*"))) if "{model}" in name else [folder / name])
+    ]
     return here + _file_identities(list(plan.values()), folder)
 
 

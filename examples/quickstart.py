@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import planc
 
-# 1. A plan is data. This one is examples/fast-cpu.yaml; `planc.Plan.from_yaml(path)` reads the file itself.
+# 1. A plan is data. This one is like examples/fast-cpu.yaml; `planc.Plan.from_yaml(path)` reads a file.
 plan = planc.Plan.from_dict(
     {
         "passes": ["smooth", {"quantize_weights": {"format": "int8"}}],

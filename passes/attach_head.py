@@ -1,10 +1,13 @@
-"""Make a decoder layer a draft head: let it read the target's state beside the token, and hand on what it thinks the next state is.
+"""Make a draft head of a model: let it read the target's state beside the token, and hand on what the next guess is to read.
 
 Matches   the first decoder layer of a program, h = layer(e), and what makes the logits of its last, head(s)
-Produces  h = layer(fuse(e, f)) with the new input `states` f [B,R,K]; the output `tap.feedback` [B,R,K]: s, or a vector of its own
-Keeps     all other shapes; new parameters start such that the layer reads e and f in equal parts, as large together as what it adds to them
+Produces  body: layer   h = layer(fuse(e, f)) with the new input `states` f [B,R,K]; the output `tap.feedback` [B,R,K]: s, or a vector of its own
+          body: mlp     head(mlp(u)), u = [f, e_1 .. e_i], with the new input `states` [f, e_1 .. e_(i-1)] [B,R,iK]; `tap.feedback`: u [B,R,(i+1)K]
+                        fuse: none     u = f, and so are `states` and `tap.feedback`
+Keeps     all other shapes; new parameters start such that a layer reads e and f in equal parts, as large together as what it adds to them, and
+          that an MLP hands f to the head as it is
 Refuses   a layer that does not read one hidden state; with `feedback: own` a layer whose last sublayer is no MLP
-Paper     EAGLE (fuse: linear), FSPAD (83: fuse: gated, feedback: own); papers/A1 sections 2 and 5
+Paper     EAGLE (fuse: linear), FSPAD (83: fuse: gated, feedback: own), Hydra (49: body: mlp), Medusa (mlp, fuse: none); papers/A1 sections 2 and 5
 """
 
 from __future__ import annotations
@@ -12,6 +15,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, PositiveInt
 from torch import Tensor
 from torch.fx import Node
 
@@ -21,28 +25,40 @@ from planc.compiler.dialect import OPS
 from planc.compiler.passbase import Context, Pass, Stage
 from planc.compiler.program import Editor, Program, describe
 from planc.compiler.units import find_units
-from planc.runtime.drafters.draft_head import FEEDBACK
+from planc.runtime.drafters.draft_head import Fuse
+from planc.runtime.drafters.head_source import FEEDBACK
 from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
 _NAME = "draft_head"  # of new parameters
-_SAMPLE, _TINY = 64, 1e-6
+_SAMPLE, _TINY, _END = 64, 1e-6, 1 << 30
 #: what may stand between the last product of an MLP and its sum with the hidden state
 _BEHIND = (OPS.rms_norm.default, aten.layer_norm.default, aten.view.default, aten.reshape.default)
 
 
 class AttachHead(Pass):
-    """Turn the program's decoder layers into a draft head on the states of a target."""
+    """Turn a program into a draft head on the states of a target: its decoder layers, or an MLP in their place."""
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
     after: ClassVar[tuple[str, ...]] = ("skip_layers",)
-    fuse: Literal["linear", "gated"] = "linear"
+    body: Literal["layer", "mlp"] = "layer"
+    fuse: Fuse | None = Field(None, description="as for the drafter draft_head; left out: linear, or concat for an MLP")
     feedback: Literal["shared", "own"] = "shared"
+    level: PositiveInt = Field(1, description="mlp: which guess below the newest token it makes")
+    blocks: PositiveInt = Field(1, description="mlp: residual blocks")
+
+    @property
+    def own(self) -> str:
+        """Pattern of the parameters, by name, that training gives other numbers."""
+        return "*" if self.body == "layer" else f"{_NAME}.{self.level}.*"
 
     def apply(self, program: Program, context: Context) -> Program:
-        """Fuse in front of the first layer; a second vector behind the last if it is asked for."""
+        """Fuse in front of the first layer, and a second vector behind the last if it is asked for; or cut the layers out."""
         if "states" in program.inputs:
             return program
+        return self._tail(program) if self.body == "mlp" else self._layer(program)
+
+    def _layer(self, program: Program) -> Program:
         blocks = find_blocks(program)
         edit = program.edit(self.key)
         entry = edit[blocks[0].entry]
@@ -52,6 +68,39 @@ class AttachHead(Pass):
         state = edit[head_of(program).args[0]]
         edit.outputs(**{FEEDBACK: state if self.feedback == "shared" else self._own(program, edit, state)})
         return edit.done(1, 1)
+
+    def _tail(self, program: Program) -> Program:
+        edit = program.edit(self.key)
+        product, token = edit[head_of(program)], edit[find_blocks(program)[0].entry]
+        batch, rows, width = token.meta["val"].shape
+        states = edit.input("states", torch.float32, batch, rows, width * (1 if self.fuse == "none" else self.level))
+        with edit.before(product):
+            state = edit.call(aten.slice.Tensor, states, -1, 0, width)
+            parts = [edit.call(OPS.rms_norm.default, state, self._param(edit, "state_norm.weight", torch.ones(width)), _TINY)]
+            read = states
+            if self.fuse != "none":
+                normed = edit.call(OPS.rms_norm.default, token, self._param(edit, "token_norm.weight", torch.ones(width)), _TINY)
+                read = edit.call(aten.cat.default, [states, normed], -1)
+                parts.append(edit.call(aten.slice.Tensor, read, -1, width, _END))
+            made = self._mlp(edit, edit.call(aten.cat.default, parts, -1), state)
+        product.update_arg(0, made)
+        edit.outputs(**{FEEDBACK: read})
+        return edit.done(1, 1)
+
+    def _mlp(self, edit: Editor, read: Node, state: Node) -> Node:
+        """y = f + R u, then y + silu(B norm(y) + b) for every block. All matrices start with zeros, so that y = f."""
+        width, inputs = int(state.meta["val"].shape[-1]), int(read.meta["val"].shape[-1])
+        read = edit.call(aten.linear.default, read, self._param(edit, "read.weight", torch.zeros(width, inputs)))
+        made = edit.call(aten.add.Tensor, state, read)
+        for block in range(self.blocks):
+            normed = edit.call(OPS.rms_norm.default, made, self._param(edit, f"{block}.norm.weight", torch.ones(width)), _TINY)
+            weight = self._param(edit, f"{block}.weight", torch.zeros(width, width))
+            inner = edit.call(aten.linear.default, normed, weight, self._param(edit, f"{block}.bias", torch.zeros(width)))
+            made = edit.call(aten.add.Tensor, made, edit.call(aten.silu.default, inner))
+        return made
+
+    def _param(self, edit: Editor, name: str, value: Tensor) -> Node:
+        return edit.param(f"{_NAME}.{self.level}.{name}", value)
 
     def _fuse(self, edit: Editor, entry: Node, states: Node, width: int, token: float, state: float) -> None:
         readers = sorted(entry.users, key=list(edit.graph.nodes).index)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import ClassVar
 
@@ -31,12 +32,14 @@ class LoadWeights(Pass):
 
     stage: ClassVar[Stage] = Stage.STRUCTURE
     file: str = Field(description="safetensors file of named parameters; counts from the folder of the plan")
+    only: str = Field("*", description="pattern of the names that are taken, where a file holds more than one program has")
 
     def apply(self, program: Program, context: Context) -> Program:
         """Check every tensor, then exchange the values."""
         path = context.folder / Path(self.file).expanduser()
         tensors, about = read_tensors(path)
         tensors.pop(VOCABULARY, None)
+        tensors = {name: value for name, value in tensors.items() if fnmatchcase(name, self.only)}
         for name, value in tensors.items():
             self._check(program, name, value, path)
         fits = about.get(FITS)

@@ -17,7 +17,7 @@ import torch
 from pydantic import Field
 from torch.fx import Node
 
-from planc.compiler.dialect import OPS
+from planc.compiler.dialect import CONVOLUTIONS, OPS
 from planc.compiler.intervals import PADS, Interval, maps_read
 from planc.compiler.memory import Allocation
 from planc.compiler.passbase import EXACT, Context, Effect, Pass, Stage
@@ -27,7 +27,7 @@ from planc.compiler.program import Editor, Program, describe, module_path
 from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
-_PADDED = {OPS.conv2d.default: 4, OPS.max_pool2d.default: 3, OPS.avg_pool2d.default: 3}  # operation -> place of its pads
+_PADDED = {**dict.fromkeys(CONVOLUTIONS, 4), OPS.max_pool2d.default: 3, OPS.avg_pool2d.default: 3}  # operation -> place of its pads
 
 
 class Patchwise(Pass):
@@ -181,9 +181,20 @@ class _Nodes(Unroll[Node]):
 
     def __init__(self, edit: Editor) -> None:
         self.edit = edit
+        self.part: Interval | None = None
+
+    def begin(self, cell: Cell) -> None:
+        self.part = cell.place
 
     def call(self, target: Any, *args: Any) -> Node:
-        return self.edit.call(target, *args)
+        node = self.edit.call(target, *args)
+        if self.part is not None:
+            node.meta["part"] = self.part
+        return node
+
+    def join(self, values: Sequence[Node], axis: int) -> Node:
+        self.part = None
+        return super().join(values, axis)
 
     def lookup(self, node: Node) -> Node:
         return self.edit[node]

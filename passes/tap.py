@@ -15,7 +15,7 @@ from planc.compiler.blocks import find_blocks, head_of
 from planc.compiler.passbase import EXACT, Context, Effect, Pass, Stage
 from planc.compiler.program import Program
 from planc.passes.skip_layers import check_layers
-from planc.runtime.drafters.draft_head import STATE
+from planc.runtime.drafters.head_source import STATE
 from planc.runtime.errors import PlanError
 
 

@@ -477,7 +477,7 @@ class Executable:
         part = self.decode.speculative
         if part is None:
             return _Lane([], Controller())
-        host = Host(self.engine, tuple(self.eos_ids), self.contract.cost, self.min_rows, self.models)
+        host = Host(self.engine, tuple(self.eos_ids), self.contract.cost, self.min_rows, self.models, self.directory)
         drafters = [drafter.build_for(host) for drafter in part.drafter]
         controller = Controller(part.tree, self.contract.cost or linear_cost, part.controller)
         return _Lane(drafters, controller)

@@ -8,10 +8,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from planc.backends.onnx.engine import OnnxEngine
+from planc.backends.onnx.engine import OnnxEngine, level_name
 from planc.backends.onnx.genai import write_genai
 from planc.backends.onnx.lanes import write_lanes
-from planc.backends.onnx.lower import lower, lower_gated
+from planc.backends.onnx.lower import lower, lower_forms, lower_gated
 from planc.backends.reference import layers_of
 from planc.compiler.program import Program
 from planc.runtime.artifact import Manifest, Signature, StateSpec, write_artifact
@@ -68,6 +68,10 @@ def _lower(planned: Planned, target: Path, capacity: int) -> dict[str, Any]:
     drafters = plan.decode.speculative.drafter if plan.decode.speculative is not None else ()
     if any(isinstance(part, SelfSkip) for part in drafters):
         return {"units": lower_gated(program, target, ops=plan.target.ops, positions=capacity)}
+    if planned.deeper:
+        forms = dict(enumerate((program, *planned.deeper)))
+        lower_forms({level_name(level): form for level, form in forms.items()}, target, ops=plan.target.ops, positions=capacity)
+        return {"levels": len(forms)}
     lower(program, target, ops=plan.target.ops, positions=capacity)
     return policy_of(program)
 

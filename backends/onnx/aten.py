@@ -233,6 +233,12 @@ def _split(b: Builder, n: Node) -> tuple[str, ...]:
     return out if len(sizes) > 1 else (out,)
 
 
+@lowers(aten.unbind.int)
+def _unbind(b: Builder, n: Node) -> tuple[str, ...]:
+    axis = n.args[1] if len(n.args) > 1 else 0
+    return tuple(b.op("Gather", n.args[0], b.const(i, np.int64), axis=axis) for i in range(len(n.meta["val"])))
+
+
 @lowers(aten.gather.default)
 def _gather(b: Builder, n: Node) -> str:
     return b.op("GatherElements", n.args[0], n.args[2], axis=int(n.args[1]))

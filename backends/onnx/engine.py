@@ -170,6 +170,11 @@ class OnnxEngine:
         taps = {n: _stack([p.taps[n] for p in parts]) for n in self.spec.taps}
         return Outputs(**{name: _join(parts, name) for name in _ROWWISE}, taps=taps)
 
+    def levels(self) -> tuple[OnnxEngine, ...]:
+        """A draft head's graphs for all guesses but the first, where it has one for each depth."""
+        count = int(self.manifest.extra.get("levels", 1))
+        return tuple(OnnxEngine(self.directory, self.manifest, self.threads, f"{level_name(level)}.onnx") for level in range(1, count))
+
     def skipping(self) -> OnnxSkipEngine:
         """The same target with sublayers that can be left out; opened at the first call, where the artifact has the graph."""
         if self._skipping is None:
@@ -318,6 +323,11 @@ class OnnxSkipEngine:
                 tensor[sequence, :, window] = before[name]
         assert outputs.argmax is not None
         return outputs.argmax[0].copy()
+
+
+def level_name(level: int) -> str:
+    """What the graph for guesses of this depth, from 0 on, is called in the artifact of a draft head."""
+    return f"level-{level + 1}" if level else "model"
 
 
 def _rows_of(cache: OnnxCache | PolicyCache, part: slice, group: int) -> Ints:

@@ -14,28 +14,29 @@ from planc.compiler.dialect import OPS
 aten = torch.ops.aten
 
 
-def _cropped(b: Builder, x: Any, pads: list[int], outside: float) -> tuple[Any, list[int]]:
+def cropped(b: Builder, x: Any, pads: list[int], outside: np.generic) -> tuple[Any, list[int]]:
     """x and the pads left to do: where one is negative, padding and cropping become nodes of their own, for no operator takes it."""
     if min(pads) >= 0:
         return x, pads
     top, left, bottom, right = (max(p, 0) for p in pads)
-    grown = b.op("Pad", x, b.const([0, 0, top, left, 0, 0, bottom, right], np.int64), b.const(np.float32(outside)), mode="constant")
+    grown = b.op("Pad", x, b.const([0, 0, top, left, 0, 0, bottom, right], np.int64), b.const(outside), mode="constant")
     start, end = [-min(p, 0) for p in pads[:2]], [min(p, 0) or 2**62 for p in pads[2:]]
     return b.op("Slice", grown, b.const(start, np.int64), b.const(end, np.int64), b.const([2, 3], np.int64)), [0, 0, 0, 0]
 
 
 def _conv(b: Builder, n: Node) -> str:
     x, weight, bias, stride, pads, dilation, groups = n.args
-    x, pads = _cropped(b, x, list(pads), 0.0)
+    x, pads = cropped(b, x, list(pads), np.float32(0))
     return b.op("Conv", x, weight, bias, strides=list(stride), pads=pads, dilations=list(dilation), group=groups)
 
 
 def _max_pool(b: Builder, n: Node) -> str:
     x, kernel, stride, pads, dilation = n.args
-    x, pads = _cropped(b, x, list(pads), -np.inf)
+    least = np.float32(-np.inf) if n.meta["val"].is_floating_point() else np.uint8(0)
+    x, pads = cropped(b, x, list(pads), least)
     if any(p >= k for p, k in zip(pads, [*kernel, *kernel], strict=True)):  # the operator wants pads smaller than the kernel
         top, left, bottom, right = pads
-        x = b.op("Pad", x, b.const([0, 0, top, left, 0, 0, bottom, right], np.int64), b.const(np.float32(-np.inf)), mode="constant")
+        x = b.op("Pad", x, b.const([0, 0, top, left, 0, 0, bottom, right], np.int64), b.const(least), mode="constant")
         pads = [0, 0, 0, 0]
     return b.op("MaxPool", x, kernel_shape=list(kernel), strides=list(stride), pads=pads, dilations=list(dilation))
 
@@ -57,7 +58,8 @@ def _pad(b: Builder, n: Node) -> str:
     for i in range(len(sides) // 2):
         before[rank - 1 - i], after[rank - 1 - i] = int(sides[2 * i]), int(sides[2 * i + 1])
     names = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
-    return b.op("Pad", x, b.const(before + after, np.int64), b.const(np.float32(value)), mode=names[str(mode)])
+    kind = np.float32 if n.meta["val"].is_floating_point() else np.uint8
+    return b.op("Pad", x, b.const(before + after, np.int64), b.const(kind(value)), mode=names[str(mode)])
 
 
 def _hardtanh(b: Builder, n: Node) -> str:

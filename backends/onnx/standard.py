@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from planc.backends.onnx.aten import TABLE as ATEN
 from planc.backends.onnx.build import Builder, Lowering
+from planc.backends.onnx.codes import TABLE as CODES
 from planc.backends.onnx.spatial import TABLE as SPATIAL
 from planc.backends.onnx.stored import TABLE as STORED
 from planc.compiler.dialect import MASKED, OPS
@@ -188,6 +189,7 @@ def _rows_from(b: Builder, n: Node) -> str:
 TABLE: dict[object, Lowering] = {
     **ATEN,
     **SPATIAL,
+    **CODES,
     **STORED,
     OPS.rms_norm.default: _rms_norm,
     OPS.rope_table.default: _rope_table,

@@ -102,10 +102,11 @@ Texts = list[tuple[list[int], list[int]]]
 
 
 def _against_static(model: Loaded, texts: Texts) -> Item:
-    rates = Rates()
+    rates, learned = Rates(), Rates()
     replay(model, Static(branching=4), texts[:6], 16, rates)  # acceptance by rank, from which the best static tree is computed
+    replay(model, Dynamic(threshold=0.0), texts[:6], 16, learned)  # and by probability, as a server has learned it after six answers
     figures: dict[str, Any] = {
-        "dynamic_16": replay(model, Dynamic(threshold=0.0), texts, 16).per_pass,
+        "dynamic_16": replay(model, Dynamic(threshold=0.0), texts, 16, learned).per_pass,
         "static_16": replay(model, Static(branching=4), texts, 16, rates).per_pass,
         "chain_16": replay(model, Chain(), texts, 16).per_pass,
     }

@@ -20,7 +20,7 @@ from planc.compiler.drafts import head_passes
 from planc.compiler.files import write
 from planc.compiler.heads.states import states_of_texts
 from planc.compiler.heads.texts import Texts, write_texts
-from planc.compiler.heads.train import LOGITS, Data, Options, Score, Trainer
+from planc.compiler.heads.train import LOGITS, Data, Options, Score, Trainer, trainable
 from planc.compiler.models import load_model
 from planc.compiler.passbase import Context
 from planc.compiler.pipeline import run_passes
@@ -69,7 +69,7 @@ Progress = Callable[[str, int, int], None]
 def fit_head(
     model: Any,
     plan: Plan,
-    prompts: Sequence[str | Sequence[int]],
+    prompts: Sequence[str | Sequence[int]] | None = None,
     work: Path | None = None,
     *,
     out: Path | None = None,
@@ -83,7 +83,7 @@ def fit_head(
     Args:
         model: what `planc.compile` takes.
         plan: its drafters hold one `draft_head`, whose `file` is written unless `out` says another place.
-        prompts: what the target answers, as texts or token ids; the head learns from the answers.
+        prompts: what the target answers, as texts or token ids; the head learns from the answers. None: it also writes the questions.
         work: folder for texts and the state of training, from which an interrupted run goes on; None: beside the file, `NAME.fit`.
         tokens: how many tokens the target shall write.
         longest: most tokens of an answer.
@@ -105,23 +105,23 @@ def fit_head(
     if texts.written < _LEAST:
         message = f"the target wrote {texts.written} tokens, and a head needs {_LEAST} at least"
         raise InputError("input-invalid", message, where=str(work), fix="give more prompts, or raise --tokens")
-    states = states_of_texts(exe.engine, texts, lambda done, total: progress("the target's states", done, total))
-    program, frozen, head = untrained(model, plan, part)
+    states = states_of_texts(exe.engine, texts, work, lambda done, total: progress("the target's states", done, total))
+    programs, frozen, head = untrained(model, plan, part)
     kept = torch.from_numpy(texts.frequent(part.vocabulary, exe.eos_ids))
-    trainer = Trainer(program, head, kept, options)
+    trainer = Trainer(part, programs, head, kept, options)
     checkpoint = work / "head.safetensors"
     _resume(trainer, checkpoint)
     seen, held = _split(texts, options.seed)
     data, unseen = (Data(texts.part(which), [states[i] for i in which]) for which in (seen, held))
-    before = Trainer(program, head, kept, options).score(unseen, 1)
+    before = Trainer(part, programs, head, kept, options).score(unseen)
 
     def save_state() -> None:
-        tensors = {**trainer.snapshot(), "losses": torch.tensor(trainer.losses, dtype=torch.float64)}
-        write(checkpoint, save(tensors, {"options": json.dumps(asdict(options))}))
+        about = {"losses": torch.tensor(trainer.losses, dtype=torch.float64), "spent": torch.tensor([trainer.spent], dtype=torch.float64)}
+        write(checkpoint, save({**trainer.snapshot(), **about}, {"options": json.dumps(asdict(options))}))
 
     trainer.train(data, lambda done, total, loss: progress(f"training, loss {loss:.3f}", done, total), save_state)
     save_state()
-    result = Fit(target_file, texts.written, options.steps, tuple(trainer.losses), before, trainer.score(unseen))
+    result = Fit(target_file, texts.written, len(trainer.losses), tuple(trainer.losses), before, trainer.score(unseen))
     name = exe.manifest.model if exe.manifest else ""
     write(target_file, packed(part, trainer.snapshot(), kept, {FITS: frozen, "model": name, "card": json.dumps(result.as_dict())}))
     return result
@@ -152,17 +152,17 @@ def _target(model: Any, plan: Plan, progress: Progress) -> Executable:
     return exe
 
 
-def untrained(model: Any, plan: Plan, part: DraftHead) -> tuple[Program, str, Tensor]:
-    """The head to train, over float weights; the fingerprint of what it leaves as it is; the target's output layer [V, K]."""
-    target = raised(load_model(model))
-    program, _ = run_passes(target, head_passes(target, part), Context(folder=plan.folder))
-    product: Any = head_of(program)
-    head = program.params[str(product.args[1].target)]
-    edit = program.edit("fit")
-    edit.outputs(**{LOGITS: edit[product.args[0]], "logits": None})
-    training = edit.done(1, 1)
-    named = Trainer(training, head, torch.zeros(1, dtype=torch.long), Options()).params
-    return training, fingerprint(program.params, named), head
+def untrained(model: Any, plan: Plan, part: DraftHead) -> tuple[list[Program], str, Tensor]:
+    """The graphs of the head to train, over float weights; the fingerprint of what it leaves as it is; the target's output layer [V, K]."""
+    bare, programs = raised(load_model(model)), list[Program]()
+    for passes in head_passes(bare, part):
+        program, _ = run_passes(bare, passes, Context(folder=plan.folder))
+        product: Any = head_of(program)
+        edit = program.edit("fit")
+        edit.outputs(**{LOGITS: edit[product.args[0]], "logits": None})
+        programs.append(edit.done(1, 1))
+    frozen = fingerprint(program.params, trainable(programs[-1]))  # the same for all graphs
+    return programs, frozen, program.params[str(product.args[1].target)]
 
 
 def _split(texts: Texts, seed: int) -> tuple[list[int], list[int]]:
@@ -178,7 +178,7 @@ def _resume(trainer: Trainer, checkpoint: Path) -> None:
     if not checkpoint.exists():
         return
     tensors = load_file(checkpoint)
-    losses = tensors.pop("losses").tolist()
+    losses, spent = tensors.pop("losses").tolist(), float(tensors.pop("spent"))
     if {name: value.shape for name, value in tensors.items()} != {name: value.shape for name, value in trainer.params.items()}:
         raise InputError(
             "input-invalid", "this folder holds the training of another head", where=str(checkpoint), fix="name another --work"
@@ -186,4 +186,4 @@ def _resume(trainer: Trainer, checkpoint: Path) -> None:
     with torch.no_grad():
         for name, value in tensors.items():
             trainer.params[name].copy_(value)
-    trainer.losses = losses
+    trainer.losses, trainer.spent = losses, spent

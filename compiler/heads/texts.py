@@ -13,11 +13,14 @@ import numpy as np
 from planc.compiler.files import write
 from planc.runtime.engine import Ints
 from planc.runtime.errors import InputError
-from planc.runtime.executable import Executable, Generation
+from planc.runtime.executable import Executable
 
 TEMPERATURES = (0.0, 0.8, 0.8)  # of answers, in turn: a head is used greedily and for sampling
-_BATCH = 16  # conversations in a file
+LANES = 32  #: conversations that a target writes at once
+_BATCH = 64  # conversations in a file
 _PROMPT = 320  # longest prompt, in tokens
+_QUESTION = 64  # longest question of the target's own
+_MARK = "\u0001"  # stands for a message in a chat template
 _LOOP = 4  # how often four tokens in a row may come again before an answer counts as a loop, which is too easy to guess to learn from
 
 
@@ -52,35 +55,63 @@ class Texts:
 
 
 def write_texts(
-    exe: Executable, prompts: Sequence[str | Sequence[int]], folder: Path, tokens: int, longest: int, progress: Callable[[int, int], None]
+    exe: Executable,
+    prompts: Sequence[str | Sequence[int]] | None,
+    folder: Path,
+    tokens: int,
+    longest: int,
+    progress: Callable[[int, int], None],
 ) -> Texts:
-    """Let the target answer the prompts, over and over with other noise, until it has written `tokens`.
+    """Let the target answer prompts, over and over with other noise, until it has written `tokens`.
 
-    Every `_BATCH` answers are a file in `folder`; what lies there already counts, so that an interrupted run goes on.
+    Without prompts it writes the questions, too: a model that was trained on conversations knows what a user's turn looks like ("Magpie: Alignment
+    Data Synthesis from Scratch by Prompting Aligned LLMs with Nothing"). Every `_BATCH` answers are a file in `folder`; what lies there already
+    counts, so that an interrupted run goes on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     done = read_texts(folder)
-    chats = [_chat(exe, prompt) for prompt in prompts]
+    chats = None if prompts is None else [_chat(exe, prompt) for prompt in prompts]
     number = len(list(folder.glob("texts-*.npz"))) * _BATCH
     while done.written < tokens:
-        made = list[tuple[list[int], int]]()
-        for index in range(number, number + _BATCH):
-            ids = chats[index % len(chats)]
-            answer = exe.generate(
-                ids, max_new_tokens=longest, temperature=TEMPERATURES[index % len(TEMPERATURES)], top_p=0.95, seed=index // len(chats)
-            )
-            assert isinstance(answer, Generation)
-            if not loops(answer.ids):
-                made.append(([*ids, *answer.ids], len(ids)))
+        indices = range(number, number + _BATCH)
+        asked = _own_chats(exe, indices) if chats is None else [chats[index % len(chats)] for index in indices]
+        seeds = [index // len(chats) if chats else index for index in indices]
+        warmth = [TEMPERATURES[index % len(TEMPERATURES)] for index in indices]
+        answers = _write(exe, asked, longest, warmth, seeds)
+        made = [([*ids, *answer], len(ids)) for ids, answer in zip(asked, answers, strict=True) if not loops(answer)]
         _save(folder / f"texts-{number:06}.npz", made)
         number += _BATCH
-        if not made and number > 4 * len(chats):
+        if not made and number > 4 * len(chats or asked):
             raise InputError(
-                "input-invalid", "the target's answers all loop, and a head learns nothing from them", fix="give other prompts"
+                "input-invalid", "the target's answers all loop, and nothing can be learned from them", fix="give other prompts"
             )
         done = read_texts(folder)
         progress(min(done.written, tokens), tokens)
     return done
+
+
+def _write(exe: Executable, prompts: Sequence[list[int]], longest: int, warmth: Sequence[float], seeds: Sequence[int]) -> list[list[int]]:
+    """What follows every prompt, in batches as large as the plan has."""
+    capacity = min(exe.capacity, max(map(len, prompts)) + longest + 1)
+    with exe.serve(capacity=capacity) as server:
+        asked = [
+            server.submit(ids, max_new_tokens=longest, temperature=temperature, top_p=0.95, seed=seed)
+            for ids, temperature, seed in zip(prompts, warmth, seeds, strict=True)
+        ]
+    return [handle.result().ids for handle in asked]
+
+
+def _own_chats(exe: Executable, indices: Sequence[int]) -> list[list[int]]:
+    """Questions that the target writes where a user would; token ids up to where its answer begins."""
+    text = exe.text
+    if text.chat_template is None:
+        raise InputError(
+            "input-invalid", "the model has no chat template, so it cannot write questions of its own", fix="name prompts to learn from"
+        )
+    opening = text.encode(text.render_chat([{"role": "user", "content": _MARK}]).partition(_MARK)[0], special=False)
+    drafts = _write(exe, [opening] * len(indices), _QUESTION, [1.0] * len(indices), list(indices))
+    questions = (text.decode([token for token in ids if token not in exe.eos_ids]).strip() for ids in drafts)
+    return [_chat(exe, question or "Hello!") for question in questions]
 
 
 def loops(ids: Sequence[int]) -> bool:

@@ -1,15 +1,18 @@
 """Teaching a draft head: the program itself is trained, through the references of its operations.
 
-A head that is used several guesses deep reads its own estimates. So it is unrolled in training as it is in use (the training-time test of EAGLE-3):
-in step n a row reads what step n - 1 thought of its state, sees true rows up to n tokens before it, and between them the rows that the steps
-before it made on the same path.
+A head is taught all guesses behind a place at once, given the true tokens before each (papers/A1 section 8). One graph that is used several
+guesses deep reads its own estimates, and so it does in training (the training-time test of EAGLE-3): in step n a row reads what step n - 1 thought
+of its state, sees true rows up to n tokens before it, and between them the rows that the steps before it made on the same path. Where each depth
+has a graph of its own, step n runs the nth, and a row reads what the graph before it has handed on.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from time import perf_counter
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,7 +24,8 @@ from planc.backends.reference import run
 from planc.compiler.dialect import OPS
 from planc.compiler.heads.texts import Texts
 from planc.compiler.program import Program
-from planc.runtime.drafters.draft_head import FEEDBACK
+from planc.runtime.drafters import DraftHead
+from planc.runtime.drafters.head_source import FEEDBACK
 from planc.runtime.errors import CompileError
 
 aten = torch.ops.aten
@@ -34,6 +38,10 @@ _PROMPT_WEIGHT = 0.3  # of tokens that the target did not write
 _NOISE = 0.1  # uniform, on the states that are read, of their mean size
 _CLIP = 1.0
 _DIVERGED = 3.0  # a loss of so many times the best is no accident
+_LONG, _SHORT = 192, 32  # tokens of a window with attention, and without
+_BLOCK = 512  # rows whose logits are in memory at a time
+_SAVE = 50  # steps
+_WEIGHT_DECAY = 0.01
 
 
 @dataclass(frozen=True)
@@ -41,12 +49,29 @@ class Options:
     """How a head is taught."""
 
     steps: int = 400
-    batch: int = 8  # windows in a step
-    window: int = 192  # tokens of a window
+    minutes: float | None = None  # of training, instead of `steps`
+    batch: int = 1536  # rows in a step
+    window: int | None = None  # tokens of a window; left out: as far as attention needs them
     rate: float = 1e-3
-    unroll: int = 3  # guesses deep, in the last part of the training
-    unrolled: float = 0.5  # which part that is
+    unroll: int = 3  # body: layer. Guesses deep, in the last part of the training
+    unrolled: float = 0.5  # body: layer. Which part that is
     seed: int = 0
+
+    def of(self, part: DraftHead) -> Options:
+        """With everything settled for this head: one without attention has no use for long windows, and learns all its guesses from the start."""
+        if part.body == "layer":
+            return self
+        return replace(self, window=self.window or _SHORT, unroll=part.heads, unrolled=1.0)
+
+    @property
+    def length(self) -> int:
+        """Tokens of a window."""
+        return self.window or _LONG
+
+    @property
+    def windows(self) -> int:
+        """Windows in a step."""
+        return max(1, self.batch // self.length)
 
 
 @dataclass(frozen=True)
@@ -74,31 +99,46 @@ class Score:
 
 @dataclass
 class Trainer:
-    """A program in training. `kept` are the tokens that the head will choose from, `head` [V, K] the target's own output layer."""
+    """A draft head in training: its graphs, from the first guess on.
 
-    program: Program
+    `kept` are the tokens that the head will choose from, `head` [V, K] the target's own output layer.
+    """
+
+    part: DraftHead
+    programs: Sequence[Program]
     head: Tensor
     kept: Tensor
-    options: Options
+    given: Options
+    options: Options = field(init=False)
     params: dict[str, Tensor] = field(init=False)
     losses: list[float] = field(default_factory=list)
+    spent: float = 0.0  # seconds
 
     def __post_init__(self) -> None:
-        names = trainable(self.program)
-        self.params = {name: self.program.params[name].detach().float().clone().requires_grad_() for name in names}
+        self.options = self.given.of(self.part)
+        named = {name: program.params[name] for program in self.programs for name in trainable(program)}
+        self.params = {name: value.detach().float().clone().requires_grad_() for name, value in named.items()}
         self._rows = self.head[self.kept].float()
 
+    @property
+    def done(self) -> float:
+        """Share of the training that is over."""
+        if self.options.minutes is not None:
+            return min(1.0, self.spent / (60.0 * self.options.minutes))
+        return len(self.losses) / self.options.steps
+
     def train(self, data: Data, progress: Callable[[int, int, float], None], save: Callable[[], None]) -> None:
-        """Run all steps that `losses` does not have yet. Raises CompileError[fit-diverged]; the last good parameters are kept."""
+        """Go on from `losses` to the end. Raises CompileError[fit-diverged]; the last good parameters are kept."""
         options = self.options
-        optimiser = torch.optim.AdamW(self.params.values(), lr=options.rate, betas=(0.9, 0.95), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, self._rate_at, last_epoch=-1)
+        optimiser = torch.optim.AdamW(self.params.values(), lr=options.rate, betas=(0.9, 0.95), weight_decay=_WEIGHT_DECAY)
         good, batches = self.snapshot(), data.batches(options, skip=len(self.losses))
-        for _ in range(len(self.losses)):
-            schedule.step()
-        for step in range(len(self.losses), options.steps):
-            depth = options.unroll if step >= options.steps * (1.0 - options.unrolled) else 1
-            loss = self._loss(self._noisy(next(batches), step), depth)
+        while self.done < 1.0:
+            begin, step = perf_counter(), len(self.losses)
+            for group in optimiser.param_groups:
+                group["lr"] = options.rate * self._share_of_rate()
+            depth = options.unroll if self.done >= 1.0 - options.unrolled else 1
+            with torch.autocast("cpu", torch.bfloat16, enabled=fast_bfloat16()):
+                loss = self._loss(self._noisy(next(batches), step), depth)
             value = float(loss.detach())
             recent = float(np.mean(self.losses[-20:])) if self.losses else value
             if not math.isfinite(value) or (step > 20 and depth == 1 and value > _DIVERGED * recent):
@@ -110,24 +150,26 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(self.params.values(), _CLIP)
             optimiser.step()
-            schedule.step()
             self.losses.append(value)
-            progress(step + 1, options.steps, value)
-            if (step + 1) % 50 == 0:
+            self.spent += perf_counter() - begin
+            progress(round(1000 * self.done), 1000, value)
+            if len(self.losses) % _SAVE == 0:
                 good = self.snapshot()
                 save()
 
-    def score(self, data: Data, depth: int = 3) -> Score:
+    def score(self, data: Data, depth: int | None = None) -> Score:
         """How often the head is right on texts, by depth."""
+        depth = depth or self.options.unroll
         hits, weight, total, batches = torch.zeros(depth), torch.zeros(depth), 0.0, 0
         with torch.no_grad():
             for batch in data.all(self.options):
-                for level, (logits, _) in enumerate(self._unrolled(batch, depth)):
-                    chosen = self.kept[logits.argmax(-1)]
-                    right = (chosen == (batch.targets @ self.head.float().T).argmax(-1)).float()
-                    of = (batch.weights == 1.0).float()
-                    of[:, :level] = 0.0
-                    hits[level] += (right * of).sum()
+                own = batch.weights == 1.0
+                truth = torch.full(own.shape, -1)
+                truth[own] = (batch.targets[own] @ self.head.float().T).argmax(-1)
+                for level, (made, _) in enumerate(self._unrolled(batch, depth)):
+                    of = own.clone()
+                    of[:, :level] = False
+                    hits[level] += (self.kept[(made[of] @ self._rows.T).argmax(-1)] == truth[of]).sum()
                     weight[level] += of.sum()
                 total, batches = total + float(self._loss(batch, 1)), batches + 1
         return Score(tuple((hits / weight.clamp(min=1.0)).tolist()), total / max(1, batches))
@@ -141,11 +183,10 @@ class Trainer:
             for name, value in values.items():
                 self.params[name].copy_(value)
 
-    def _rate_at(self, step: int) -> float:
-        warm = max(1.0, _WARM_UP * self.options.steps)
-        if step < warm:
-            return (step + 1) / warm
-        return _FLOOR + (1.0 - _FLOOR) * 0.5 * (1.0 + math.cos(math.pi * step / max(1, self.options.steps)))
+    def _share_of_rate(self) -> float:
+        if self.done < _WARM_UP:
+            return max(self.done, 1e-3) / _WARM_UP
+        return _FLOOR + (1.0 - _FLOOR) * 0.5 * (1.0 + math.cos(math.pi * self.done))
 
     def _noisy(self, batch: Batch, step: int) -> Batch:
         generator = torch.Generator().manual_seed(self.options.seed + step)
@@ -154,30 +195,67 @@ class Trainer:
         return Batch(batch.tokens, batch.states + noise, batch.targets, batch.weights)
 
     def _loss(self, batch: Batch, depth: int) -> Tensor:
-        """Cross-entropy to the target's distribution over the kept tokens, and in the first step the distance of the states."""
-        teacher = torch.softmax(batch.targets @ self._rows.T, -1)
-        total, weights = torch.zeros(()), batch.weights
-        for level, (logits, feedback) in enumerate(self._unrolled(batch, depth)):
+        """Cross-entropy to the target's distribution over the kept tokens; where guesses are fed estimates, also the distance of the first states."""
+        guesses, shares, weights = list[Tensor](), list[Tensor](), batch.weights
+        apart = torch.zeros(())
+        for level, (made, feedback) in enumerate(self._unrolled(batch, depth)):
             weights = weights.clone()
             weights[:, :level] = 0.0  # these rows have no row so far before them
             share = weights / weights.sum().clamp(min=1.0)
-            total = total + _DECAY**level * (-(teacher * torch.log_softmax(logits, -1)).sum(-1) * share).sum()
-            if level == 0:
-                apart = F.smooth_l1_loss(feedback, batch.targets, reduction="none").mean(-1)
-                total = total + _STATE_WEIGHT * (apart * share).sum()
-        return total
+            if level == 0 and self.part.body == "layer":
+                distance = F.smooth_l1_loss(feedback, batch.targets, reduction="none").mean(-1)
+                apart = _STATE_WEIGHT * (distance * share).sum()
+            guesses.append(made.flatten(0, 1))
+            shares.append(_DECAY**level * share.flatten())
+        loss: Tensor = _Distil.apply(torch.stack(guesses), batch.targets.flatten(0, 1), self._rows, torch.stack(shares))
+        return apart + loss
 
     def _unrolled(self, batch: Batch, depth: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """(logits over the kept tokens, feedback) of every step of the unrolled head."""
+        """(vectors for the output layer, feedback) of every step of the unrolled head; in all of them row t is about the same token."""
         states, seen = batch.states, _Seen()
-        program = self.program.replace(params={**self.program.params, **self.params})
         positions = torch.arange(batch.tokens.shape[1]).expand_as(batch.tokens)
-        for _ in range(depth):
+        if self.part.body == "mlp":
+            positions = torch.zeros_like(batch.tokens)  # a row without neighbours has no place
+        for level in range(depth):
+            program = self.programs[min(level, len(self.programs) - 1)]
+            program = program.replace(params={**program.params, **self.params})
             inputs = {"input_ids": batch.tokens, "position_ids": positions, "states": states}
             out = run(program, inputs, grad=torch.is_grad_enabled(), ops={OPS.attention.default: seen.attend})
-            yield out[LOGITS] @ self._rows.T, out[FEEDBACK]
+            yield out[LOGITS], out[FEEDBACK]
             states = torch.cat([out[FEEDBACK][:, :1], out[FEEDBACK][:, :-1]], 1)  # row t reads what row t - 1 thinks is its state
             seen.turn()
+
+
+class _Distil(torch.autograd.Function):
+    """Cross-entropy of guesses [L,N,K] to what the target says at its states [N,K], both times the rows [V',K] of its output layer.
+
+    Weights are [L,N]. The gradient is made with the value, some rows at a time: the logits of a whole batch would be most of what is moved.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, guesses: Tensor, targets: Tensor, rows: Tensor, weights: Tensor) -> Tensor:
+        gradient, total = torch.empty_like(guesses), torch.zeros(())
+        for start in range(0, len(targets), _BLOCK):
+            part = slice(start, start + _BLOCK)
+            teacher = torch.softmax((targets[part] @ rows.T).float(), -1)
+            for level, each in enumerate(weights[:, part]):
+                logits = (guesses[level, part] @ rows.T).float()
+                chances = torch.softmax(logits, -1)
+                norm = logits.amax(-1) - chances.amax(-1).log()  # faster than logsumexp by far
+                total += (each * (norm - (teacher * logits).sum(-1))).sum()
+                gradient[level, part] = (chances.sub_(teacher).mul_(each[:, None]) @ rows).float()
+        ctx.save_for_backward(gradient)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, outer: Tensor) -> tuple[Tensor | None, ...]:
+        [gradient] = ctx.saved_tensors
+        return outer * gradient, None, None, None
+
+
+def fast_bfloat16() -> bool:
+    """Whether this CPU multiplies bfloat16 matrices several times faster than others, so that it is worth its rounding in training."""
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 class _Seen:
@@ -232,19 +310,19 @@ class Data:
         """Windows of texts in random order, for ever; the first `skip` batches are left out."""
         rng, made = np.random.default_rng(options.seed), 0
         while True:
-            windows = self._windows(options.window)
-            order = rng.permutation(len(windows))
-            order = order[: len(order) // options.batch * options.batch] if len(order) >= options.batch else order
-            for first in range(0, len(order), options.batch):
+            windows = self._windows(options.length)
+            order, count = rng.permutation(len(windows)), options.windows
+            order = order[: len(order) // count * count] if len(order) >= count else order
+            for first in range(0, len(order), count):
                 made += 1
                 if made > skip:
-                    yield self._batch([windows[i] for i in order[first : first + options.batch]])
+                    yield self._batch([windows[i] for i in order[first : first + count]])
 
     def all(self, options: Options) -> Iterator[Batch]:
         """Every window once."""
-        windows = self._windows(options.window)
-        for first in range(0, len(windows), options.batch):
-            yield self._batch(windows[first : first + options.batch])
+        windows = self._windows(options.length)
+        for first in range(0, len(windows), options.windows):
+            yield self._batch(windows[first : first + options.windows])
 
     def _windows(self, length: int) -> list[tuple[int, int, int]]:
         """(text, first row, row after the last) of every window; a row needs the token after it and the state behind that."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from planc.runtime.drafters.base import Context, Drafter, DrafterPart, Host, Loaded, Verified
 from planc.runtime.drafters.draft_head import DraftHead
 from planc.runtime.drafters.draft_model import DraftModel
+from planc.runtime.drafters.ngram_model import NgramModel
 from planc.runtime.drafters.ngram_table import NgramTable
 from planc.runtime.drafters.prompt_lookup import PromptLookup
 from planc.runtime.drafters.retrieval import Retrieval
@@ -19,6 +20,7 @@ __all__ = [
     "DrafterPart",
     "Host",
     "Loaded",
+    "NgramModel",
     "NgramTable",
     "PromptLookup",
     "Retrieval",

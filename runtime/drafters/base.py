@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, Protocol
+from pathlib import Path
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 from numpy.typing import NDArray
 
@@ -88,6 +89,7 @@ class Loaded:
     vocabulary: Vocabulary | None = None  # None: the target's own ids
     cost: CostTable | None = None  # of the passes that draft, as measured
     fuzzy: Engine | None = None  # a cheaper form of the model that works on the same caches (papers/14)
+    levels: tuple[Engine, ...] = ()  # of a draft head with a graph for each depth: those behind the first
 
     @property
     def pass_ms(self) -> float | None:
@@ -104,12 +106,14 @@ class Host:
     cost: CostTable | None = None  # of the target's passes, as measured
     min_rows: int = 1  # rows of the target's smallest pass
     models: Mapping[str, Loaded] = field(default_factory=dict)  # folder in the artifact -> draft model
+    directory: Path | None = None  # of the artifact; None: paths of data files count from where the process runs
 
 
 class DrafterPart(PlanPart):
     """A drafter as the plan names it."""
 
     kind: ClassVar[str] = "drafter"
+    data_file: ClassVar[str | None] = None  # the option that names a file to read; compile copies that file into the artifact
 
     @property
     def needs_top_k(self) -> int:
@@ -127,4 +131,10 @@ class DrafterPart(PlanPart):
 
     def build_for(self, host: Host) -> Drafter:
         """The runtime object for a loaded target; drafters that run passes of their own override this instead of `build`."""
-        return self.build(host.engine.spec.vocab_size)
+        return self.located(host.directory).build(host.engine.spec.vocab_size)
+
+    def located(self, folder: Path | None) -> Self:
+        """The same with the path of its data file counted from `folder`."""
+        if self.data_file is None or folder is None or (name := getattr(self, self.data_file)) is None:
+            return self
+        return self.model_copy(update={self.data_file: str(folder / Path(name).expanduser())})

@@ -14,7 +14,7 @@ from heapq import heappop, heappush
 from math import inf, log, sqrt
 from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,9 @@ Row = dict[int, float]  # successor -> weight
 class NgramTable(DrafterPart):
     """Searches a table of token triples that grows with the text (papers/04)."""
 
+    data_file: ClassVar[str | None] = "source"
     search: Literal["best_first", "monte_carlo"] = "best_first"
-    source: str | None = Field(None, description="an offline table, as `write_table` makes it")
+    source: str | None = Field(None, description="an offline table, as `write_table` makes it; counts from the folder of the plan")
     k: int = Field(4, ge=0, le=64, description="likeliest tokens taken from every verified row; 0 learns from the text alone")
     successors: int = Field(12, ge=1, le=64, description="successors kept for two tokens")
     entries: int = Field(65536, ge=16, description="pairs of tokens kept; the one that was longest of no use is forgotten first")

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from heapq import heappop, heappush
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from planc.runtime.trees import Cell, Draft
 
 _EMPTY = -1  # in M: no successor known
 _FEW = 6  # rows that are written one by one faster than at once
+_FLOOR = 0.02  # reach from which the one path that is verified is worth going on
 _STREAK = 3  # longest run of confirmations that is told apart
 
 #: bounds between the classes of a successor's share, which is its probability among the k that are kept
@@ -62,6 +63,7 @@ def paper_template() -> Template:
 class TokenRecycling(DrafterPart):
     """Guesses along the successors that the model last ranked highest for each token (papers/20)."""
 
+    data_file: ClassVar[str | None] = "warm"
     k: Annotated[int, Field(ge=1, le=64)] = 8
     prefill_update: bool = True
     prefill_rows: Annotated[int, Field(ge=1)] = 32
@@ -161,7 +163,7 @@ class RecyclingDrafter:
         """Best first: add the likeliest guess that is not in the tree yet, until the budget is spent.
 
         However unlikely: what is worth verifying is the controller's business, and a rank that is no longer proposed could never show that
-        it has become better.
+        it has become better. Where only one path is verified, that is the first rank's, down to where nothing can be expected of it.
         """
         before = len(draft)
         contested = {row for row in range(before) if draft.children[row]}
@@ -173,7 +175,7 @@ class RecyclingDrafter:
             token = draft.tokens[parent]
             if parent not in successors:
                 successors[parent] = [t for t in self.matrix[token].tolist() if t != _EMPTY] if draft.depths[parent] < context.depth else []
-            if rank < len(successors[parent]):
+            if rank < len(successors[parent]) and (context.siblings or (rank == 0 and reach[parent] >= _FLOOR)):
                 cell, prior = self._cell(token, rank, parent in contested)
                 heappush(heap, (-reach[parent] * draft.rates.get((cell,), prior), parent, rank))
 

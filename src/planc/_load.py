@@ -105,7 +105,8 @@ def _draft_model(folder: Path, target: Manifest, tokenizer: str, text: Text, thr
     words = None if same and sizes[0] == sizes[1] else vocabulary(text, Text.load(folder, eos_ids=draft.eos_ids or None), *sizes)
     engine = _engine(folder, draft, threads)
     if f"{folder.name}/{FUZZY}/{MANIFEST}" not in target.files:
-        return Loaded(engine, draft.signature.capacity, words, draft.contract.cost)
+        levels = engine.levels() if draft.extra.get("levels") else ()  # type: ignore[attr-defined]
+        return Loaded(engine, draft.signature.capacity, words, draft.contract.cost, levels=levels)
     fuzzy = read_artifact(folder / FUZZY, verify=False)
     return Loaded(engine, draft.signature.capacity, words, fuzzy.contract.cost, _engine(folder / FUZZY, fuzzy, threads))
 

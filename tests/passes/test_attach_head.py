@@ -20,10 +20,11 @@ from planc.passes.kv_cache import KvCache
 from planc.passes.quantize_weights import QuantizeWeights
 from planc.passes.skip_layers import SkipLayers
 from planc.passes.trim_vocab import TrimVocab
-from planc.runtime.drafters.draft_head import FEEDBACK
+from planc.runtime.drafters.head_source import FEEDBACK
 from planc.runtime.errors import CompileError
 
 LINEAR, GATED = AttachHead(), AttachHead(fuse="gated", feedback="own")
+HYDRA, MEDUSA = AttachHead(body="mlp", level=2, blocks=2), AttachHead(body="mlp", fuse="none", level=2)
 
 
 def outputs(program: Program, ids: Tensor, states: Tensor) -> dict[str, Tensor]:
@@ -39,9 +40,9 @@ def with_params(program: Program, **values: Tensor) -> Program:
     return program.replace(params={**program.params, **{f"draft_head.{name.replace('_', '.')}": value for name, value in values.items()}})
 
 
-@pytest.mark.parametrize("part", [LINEAR, GATED], ids=["linear", "gated"])
-def test_golden(part: Pass, golden: Callable[[str, str], None]) -> None:
-    golden(before_and_after(part, one_layer()), f"attach_head_{part.fuse}.txt")  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("part", "name"), [(LINEAR, "linear"), (GATED, "gated"), (HYDRA, "hydra"), (MEDUSA, "medusa")])
+def test_golden(part: Pass, name: str, golden: Callable[[str, str], None]) -> None:
+    golden(before_and_after(part, one_layer()), f"attach_head_{name}.txt")
 
 
 @settings(max_examples=15, deadline=None)
@@ -56,6 +57,22 @@ def test_a_fuse_that_reads_the_token_alone_changes_nothing(name: str, rows: int,
         ids, states = token_ids(2, rows, seed=seed), torch.randn(2, rows, size, generator=torch.Generator().manual_seed(seed))
         have = outputs(head, ids, states) if not plain.states else {}
         close(have["logits"], probe(plain, ids)["logits"])
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.sampled_from(POOL), st.integers(1, 5), st.integers(1, 4), st.booleans(), st.integers(0, 99))
+def test_an_untrained_mlp_hands_on_the_state(name: str, rows: int, level: int, tokens: bool, seed: int) -> None:
+    """Its logits are those of the state it reads; what the next level reads are that state and the tokens so far."""
+    part = AttachHead(body="mlp", level=level, blocks=1 + seed % 3, fuse="concat" if tokens else "none")
+    head = applied(part, pooled(name)[1])
+    read, size = width(head), width(head) // (level if tokens else 1)
+    ids, states = token_ids(2, rows, seed=seed), torch.randn(2, rows, read, generator=torch.Generator().manual_seed(seed))
+    have = outputs(head, ids, states)
+    other = outputs(head, (ids + 1) % VOCAB, states)
+    plain = outputs(applied(AttachHead(body="mlp", fuse="none"), pooled(name)[1]), ids, states[..., :size])
+    close(have["logits"], plain["logits"])
+    assert torch.equal(have[FEEDBACK][..., :read], states) and have[FEEDBACK].shape[-1] == (read + size if tokens else read)
+    assert torch.equal(other["logits"], have["logits"]) and (not tokens or not torch.equal(other[FEEDBACK], have[FEEDBACK]))
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.01])

@@ -47,6 +47,29 @@ def test_refuses() -> None:
     assert FoldBatchNorm().apply(program, None) is program  # type: ignore[arg-type]
 
 
+class Scaled(nn.Module):
+    """A norm in front of two products, scales of channels behind products, and one of a single value, which is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.a, self.b = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 1, 2), nn.Conv2d(3, 4, 1, 2, bias=False)
+        self.head, self.scale = nn.Linear(4, 5), nn.Parameter(torch.ones(4, 1, 1))
+        self.head_scale, self.one = nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(x)
+        y = self.a(y) * self.scale + self.b(y)
+        return self.head(y.mean((2, 3))) * self.head_scale * self.one
+
+
+def test_norms_in_front_and_scales_behind() -> None:
+    module, x = randomised(Scaled()), images(2, 6, 5)
+    program = program_of(module, 6, 5)
+    new = applied(FoldBatchNorm(), program)
+    assert norms(new) == 0 and sum(n.target is torch.ops.aten.mul.Tensor for n in new.main.nodes) == 1
+    assert torch.allclose(probe(new, x)["logits"], module(x), rtol=1e-5, atol=1e-5)
+
+
 @settings(max_examples=8, deadline=None)
 @given(st.integers(1, 3), st.booleans(), st.booleans(), st.integers(0, 99))
 def test_property(groups: int, bias: bool, affine: bool, seed: int) -> None:

@@ -125,6 +125,27 @@ def test_directory_of_transformers(tmp_path: Path) -> None:
     np.testing.assert_allclose(exe.logits([picture(16, 16)]), want, rtol=1e-4, atol=1e-4)
 
 
+def test_quantised_on_images_that_the_plan_names(tmp_path: Path) -> None:
+    shots = [picture(20, 18, seed=i) for i in range(4)]
+    (tmp_path / "shots").mkdir()
+    for i, shot in enumerate(shots):
+        Image.fromarray(shot).save(tmp_path / "shots" / f"{i}.png")
+    plan = tmp_path / "plan.yaml"
+    text = "planc: 1\npasses:\n  - quantize_static: {}\n  - patchwise: {grid: [2, 2]}\ncalibration: {images: %s, count: 3}\n"
+    plan.write_text(text % "shots")
+    exe, plain = (compiled(tiny(), image={"size": (20, 18)}, plan=p) for p in (plan, None))
+    want = plain.logits(shots)
+    assert 0 < np.linalg.norm(exe.logits(shots) - want) / np.linalg.norm(want) < 0.1
+    assert "3 images" in exe.contract.effects[1].notes[0]
+    for line, code in (("calibration: {text: a}", "plan-conflict"), ("calibration: {images: gone}", "input-invalid"), ("", "pass-refused")):
+        plan.write_text("planc: 1\npasses:\n  - quantize_static: {}\n" + line)
+        with pytest.raises(PlancError) as caught:
+            compiled(tiny(), image={"size": (20, 18)}, plan=plan)
+        assert caught.value.code == code
+    with pytest.raises(PlancError, match="one of text and images"):
+        planc.Plan.from_dict({"calibration": {"count": 3}})
+
+
 def test_command_line(tmp_path: Path) -> None:
     compiled(tiny(), image={"size": (20, 18)}, out=tmp_path / "a", labels=list("abcdefg"))
     for i in range(2):
