@@ -125,7 +125,7 @@ def test_wheel_holds_real_files(tmp_path: Path) -> None:
         assert not [info.filename for info in archive.infolist() if info.external_attr >> 28 == 0xA], "the wheel holds links"
     for path in SOURCES:
         assert held.get(f"planc/{name_of(path)}") == path.read_bytes(), f"{name_of(path)} is missing or another"
-    for path in (path for room in ROOMS for path in (ROOT / room).rglob("*.yaml")):
+    for path in (path for room in ROOMS for kind in ("yaml", "html", "css", "js") for path in (ROOT / room).rglob(f"*.{kind}")):
         assert f"planc/{name_of(path)}" in held
     assert not [name for name in held if not name.startswith(("planc/", "planc-"))]
 
