@@ -35,7 +35,7 @@ from planc_paper_checks.common import MIXED, MODEL, Played, answers, chats, equa
 
 PLAN = ROOT / "examples/papers/49-hydra.yaml"
 MEDUSA = ROOT / "examples/heads/medusa-smollm2-135m.safetensors"
-PROMPTS, TOKENS = 12, 64
+PROMPTS, TOKENS = 6, 64
 _RATES = (0.4, 0.15, 0.08, 0.05, 0.04, 0.03, 0.02, 0.02, 0.01, 0.01)  # of ranks; what the trees are made for, whoever fills them
 
 
