@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from time import perf_counter
@@ -169,25 +169,43 @@ class Counted:
 def replay(
     model: Loaded, builder: BuilderPart, texts: list[tuple[list[int], list[int]]], budget: int, rates: Rates | None = None
 ) -> Played:
-    """Draft along texts of the target as its loop would, the first one to learn acceptance rates from where there are none yet."""
-    played, rates = Played(), rates or Rates()
-    source = Counted(ModelSource(model, max(len(prompt) + len(answer) for prompt, answer in texts) + budget))
+    """What a builder does with a draft model along texts of the target (`played`)."""
+    source = ModelSource(model, max(len(prompt) + len(answer) for prompt, answer in texts) + budget)
+    return played(source, builder, texts, budget, rates)
+
+
+def played(
+    source: Source,
+    builder: BuilderPart,
+    texts: list[tuple[list[int], list[int]]],
+    budget: int,
+    rates: Rates | None = None,
+    see: Callable[[int, int], None] = lambda text, length: None,
+    depth: int | None = None,
+) -> Played:
+    """Draft along texts of the target as its loop would, the first one to learn acceptance rates from where there are none yet.
+
+    `see` is told, before every round, the number of the text and how much of it there is. `depth` is that of the deepest guess, by default `budget`.
+    """
+    found, rates = Played(), rates or Rates()
+    counted = Counted(source)
     for index, (prompt, answer) in enumerate(texts):
         done = 1
         while done < len(answer):
-            source.calls, draft = 0, Draft(answer[done - 1], rates)
-            builder.grow(source, Context(0, [*prompt, *answer[:done]], budget, 16), draft, "draft_model")
+            see(index, len(prompt) + done)
+            counted.calls, draft = 0, Draft(answer[done - 1], rates)
+            builder.grow(counted, Context(0, [*prompt, *answer[:done]], budget, 16), draft, "draft_model")
             row: int | None = 0
             taken = 0
             while row is not None and done + taken < len(answer):
                 row = draft.children[row].get(answer[done + taken])
                 taken += 1
-            if index and done + budget < len(answer):  # what the end of the text cuts short says nothing
-                played.tokens.append(taken)
-                played.predicted.append(sum(draft.reach()))
-                played.guesses.append(len(draft) - 1)
-                played.depths.append(max(draft.depths))
-                played.calls.append(source.calls)
+            if index and done + (depth or budget) < len(answer):  # what the end of the text cuts short says nothing
+                found.tokens.append(taken)
+                found.predicted.append(sum(draft.reach()))
+                found.guesses.append(len(draft) - 1)
+                found.depths.append(max(draft.depths))
+                found.calls.append(counted.calls)
             rates.learn(draft, answer[done : done + taken])
             done += taken
-    return played
+    return found

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 import planc
 from planc.backends.reference import run
 from planc.compiler.heads.fit import fit_head, packed, untrained
+from planc.compiler.heads.states import states_of_texts
 from planc.compiler.heads.texts import Texts, loops
 from planc.compiler.heads.train import Batch, Data, Options, Trainer, _Distil
 from planc.compiler.plan import Plan
@@ -225,6 +226,20 @@ def test_fit_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert all(torch.equal(value, first[name]) for name, value in load_file(file).items())
     with pytest.raises(InputError, match="another head"):
         fit_head(model("llama"), plan(file, vocabulary=97, **GATED), toy_texts(), work, **common)
+
+
+def test_states_are_kept_for_a_run_that_goes_on(compiled: Any, tmp_path: Path) -> None:
+    texts = Texts(tuple(np.array(t * 3) for t in toy_texts()), tuple(6 for _ in toy_texts()))
+    made = states_of_texts(compiled.engine, texts, tmp_path, lambda done, total: None)
+    [file] = tmp_path.glob("states-*.npy")
+    kept = np.load(file)
+    kept[-1] += 1
+    np.save(file, kept)
+    again = states_of_texts(compiled.engine, texts, tmp_path, lambda done, total: None)
+    assert np.array_equal(again[0], made[0]) and np.array_equal(again[-1][-1], kept[-1]), "they were read"
+    np.save(file, kept + 1)
+    other = states_of_texts(compiled.engine, texts, tmp_path, lambda done, total: None)
+    assert all(np.array_equal(a, b) for a, b in zip(other, made, strict=True)), "those of another target are made again"
 
 
 @pytest.mark.parametrize("options", [HYDRA, MEDUSA], ids=["hydra", "medusa"])

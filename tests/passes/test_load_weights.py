@@ -62,6 +62,18 @@ def test_half_precision_is_widened(tmp_path: Path) -> None:
     assert loaded(new, tmp_path, {NORM: halved}) is new  # a second time changes nothing
 
 
+def test_only_takes_what_it_names(tmp_path: Path) -> None:
+    """A file for several programs: what the pattern leaves out need not exist here, and is not what the file was made for."""
+    program = raised("llama")
+    frozen = fingerprint(program.params, [NORM])
+    save_file({NORM: torch.full((32,), 2.0), "other.weight": torch.ones(3)}, tmp_path / "w.safetensors", {FITS: frozen})
+    part, context = LoadWeights(file="w.safetensors", only="model.norm.*"), Context(folder=tmp_path)
+    changed = part.apply(program, context)
+    assert {n for n, v in changed.params.items() if not torch.equal(v, program.params[n])} == {NORM}
+    with pytest.raises(CompileError, match="no parameter here"):
+        LoadWeights(file="w.safetensors").apply(program, context)
+
+
 def test_refuses(tmp_path: Path) -> None:
     program, norm = raised("llama"), raised("llama").params[NORM].clone()
     for tensors, text in (
