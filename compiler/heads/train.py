@@ -283,11 +283,12 @@ class _Seen:
         hidden = back < n
         if window:
             hidden = hidden | (back >= window)
-        scores = [torch.where(hidden, torch.finfo(torch.float32).min, _capped(queries @ wide[0][0].transpose(2, 3) * scale, softcap))]
+        first = _capped(queries @ wide[0][0].transpose(2, 3) * scale, softcap)
+        scores = [first.masked_fill(hidden, torch.finfo(first.dtype).min)]  # products may be bfloat16, whose least number is another
         for m in range(1, n + 1):
             shift = n - m
             along = _capped((queries * wide[m][0].roll(shift, 2)).sum(-1, keepdim=True) * scale, softcap)
-            scores.append(along.masked_fill((at < shift)[:, None], torch.finfo(torch.float32).min))
+            scores.append(along.masked_fill((at < shift)[:, None], torch.finfo(along.dtype).min))
         weights = torch.softmax(torch.cat(scores, -1), -1)
         out = weights[..., :rows] @ wide[0][1]
         for m in range(1, n + 1):

@@ -162,6 +162,31 @@ def _conv2d(n: Draw) -> tuple[Any, ...]:
     return (x, weight, bias, [n(1, 2), n(1, 3)], [n(0, 2), n(0, 3), n(0, 2), n(0, 1)], [n(1, 2), 1], 1)
 
 
+def _codes(n: Draw) -> Tensor:
+    return torch.randint(0, 256, _map(n).shape, dtype=torch.uint8)
+
+
+def _quantize(n: Draw) -> tuple[Any, ...]:
+    return (_map(n), 0.02, 7, 0, (15, 255)[n(0, 1)])
+
+
+def _dequantize(n: Draw) -> tuple[Any, ...]:
+    return (_codes(n), 0.02, 7)
+
+
+def _conv2d_int8(n: Draw) -> tuple[Any, ...]:
+    _, weight, bias, *places = _conv2d(n)
+    x = torch.randint(0, 256, (n(1, 2), weight.shape[1], n(4, 7), n(4, 7)), dtype=torch.uint8)
+    codes = torch.randint(-127, 128, weight.shape, dtype=torch.int8)
+    whole = torch.randint(-99, 99, bias.shape, dtype=torch.int32) if bias is not None else None
+    return (x, codes, whole, *places, torch.rand(weight.shape[0]) * 0.01, 0.02, 7, 0.5, 3, 0, 255)
+
+
+def _add_int8(n: Draw) -> tuple[Any, ...]:
+    a = _codes(n)
+    return (a, torch.randint(0, 256, a.shape, dtype=torch.uint8), 0.02, 7, 0.03, 5, 0.04, 6, 0, 255)
+
+
 def _max_pool2d(n: Draw) -> tuple[Any, ...]:
     return (_map(n), [n(2, 3), 2], [n(1, 2), n(1, 3)], _pads(n), [1, n(1, 2)])
 
@@ -182,6 +207,10 @@ def _block_diagonal(n: Draw) -> tuple[Any, ...]:
 INPUTS = {
     "block_diagonal": _block_diagonal,
     "conv2d": _conv2d,
+    "quantize": _quantize,
+    "dequantize": _dequantize,
+    "conv2d_int8": _conv2d_int8,
+    "add_int8": _add_int8,
     "max_pool2d": _max_pool2d,
     "avg_pool2d": _avg_pool2d,
     "upsample2d": _upsample2d,
