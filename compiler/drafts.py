@@ -29,7 +29,7 @@ from planc.runtime.decode import Decode
 from planc.runtime.drafters import DrafterPart, DraftHead, DraftModel, NgramModel, SelfSkip
 from planc.runtime.drafters.draft_head import HEAD
 from planc.runtime.drafters.draft_model import FOLDER, FUZZY
-from planc.runtime.drafters.ngram_model import load_table
+from planc.runtime.drafters.ngram_model import NgramDrafter
 from planc.runtime.drafters.vocabulary import vocabulary
 from planc.runtime.engine import Engine
 from planc.runtime.errors import CompileError, PlanError
@@ -145,9 +145,9 @@ def _attach_data(planned: Planned, part: DrafterPart, index: int, directory: Pat
     if isinstance(part, NgramModel) and part.optional and not source.exists():
         note(f"no {source}: compiled without it; `planc fit` makes one")
         return None
-    part.model_copy(update={part.data_file: str(source)}).build(vocabulary_size)
-    if isinstance(part, NgramModel) and (tokenizer := planned.model.tokenizer_files.get(TOKENIZER)) is not None:
-        made_for = load_table(source, vocabulary_size).about.get("tokenizer")
+    read = part.model_copy(update={part.data_file: str(source)}).build(vocabulary_size)
+    if isinstance(read, NgramDrafter) and (tokenizer := planned.model.tokenizer_files.get(TOKENIZER)) is not None:
+        made_for = read.table.about.get("tokenizer")
         if made_for is not None and made_for != sha256(tokenizer):
             message = f"ngram_model: {name} was counted on the token ids of another model"
             raise PlanError("draft-mismatch", message, fix="make one for this model with `planc fit`")

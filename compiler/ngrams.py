@@ -19,7 +19,7 @@ from planc.compiler.plan import Plan
 from planc.runtime.artifact import sha256
 from planc.runtime.decode import Batching
 from planc.runtime.drafters import NgramModel
-from planc.runtime.drafters.ngram_model import MULTIPLIER, BackOff, load_table, write_table
+from planc.runtime.drafters.ngram_model import MULTIPLIER, BackOff, write_table
 from planc.runtime.engine import Engine, Ints, Step
 from planc.runtime.errors import InputError, PlanError
 from planc.runtime.executable import Executable
@@ -116,7 +116,6 @@ def fit_ngrams(
         about["tokenizer"] = sha256(exe.directory / TOKENIZER)
     table = count(known, part.order, part.successors, vocabulary)
     write(target_file, write_table(part.order, table.keys, table.ids, table.shares, about))
-    load_table(target_file, vocabulary)
     return Counted(target_file, texts.written, len(table.keys), agreement)
 
 

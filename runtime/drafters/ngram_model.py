@@ -1,9 +1,9 @@
 """N-gram model: guess what the target itself expects after the last few tokens, from a table that was counted once.
 
 `planc fit` lets the target write, notes the probabilities that it gave to its likeliest next tokens, and averages them by the one, two, .. tokens
-before; contexts that were seen seldom lean on the next shorter one (back-off). Nothing is trained, a lookup takes microseconds, and from a million
-tokens the table's first guess is the target's in two places of five. Bigrams of the model itself are the learning-free drafts of "The N-Grammys:
-Accelerating Autoregressive Inference with Learning-Free Batched Speculation"; longer contexts and soft counts are what is added here.
+before; contexts that were seen seldom lean on the next shorter one (back-off). Nothing is trained, and a guess costs a few searches in sorted keys.
+Bigrams of the model itself are the learning-free drafts of "The N-Grammys: Accelerating Autoregressive Inference with Learning-Free Batched
+Speculation"; longer contexts and soft counts are what is added here.
 """
 
 from __future__ import annotations
