@@ -96,8 +96,10 @@ class ImageSpec(BaseModel):
         else:
             share = self.resize / min(width, height)
             new = (max(columns, round(width * share)), max(rows, round(height * share)))
-        if new != image.size:
-            image = image.resize(new, _pillow().Resampling[self.interpolation.upper()])
+        kind = _pillow().Resampling[self.interpolation.upper()]
+        for step in ((new[0], height), new):  # across, then down: which axis Pillow takes first differs between its releases
+            if step != image.size:
+                image = image.resize(step, kind)
         left, top = (new[0] - columns) // 2, (new[1] - rows) // 2
         return np.asarray(image.crop((left, top, left + columns, top + rows)), dtype=np.uint8)
 

@@ -167,7 +167,7 @@ def test_classifier_runs_alone(tmp_path: Path, plan: dict[str, Any]) -> None:
     assert "Conv" in (folder / "model.required_operators.config").read_text()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     st.integers(5, 60),
     st.integers(5, 60),
@@ -178,18 +178,8 @@ def test_classifier_runs_alone(tmp_path: Path, plan: dict[str, Any]) -> None:
     st.sampled_from(["NCHW", "NHWC"]),
 )
 def test_property_resizing_is_that_of_pillow(height: int, width: int, rows: int, columns: int, more: int, kind: Any, layout: Any) -> None:
-    """Which axis Pillow takes first depends on its release, and whole numbers stand between the two."""
     spec = ImageSpec(size=(rows, columns), resize=max(rows, columns) + more if more else None, interpolation=kind, layout=layout)
     image = np.random.default_rng(height).integers(0, 256, (height, width, 3), np.uint8)
-    levels = np.abs(classify.prepare(image, spec.model_dump(mode="json"))[0] - spec.pixels(image)) * np.max(spec.std)
-    assert levels.max() <= (0.0 if kind == "nearest" else 2.1)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.integers(5, 60), st.integers(3, 60), st.booleans(), st.sampled_from(["nearest", "bilinear", "bicubic"]))
-def test_property_resizing_one_axis_is_exact(old: int, new: int, across: bool, kind: Any) -> None:
-    image = np.random.default_rng(old).integers(0, 256, (7, old, 3) if across else (old, 7, 3), np.uint8)
-    spec = ImageSpec(size=(7, new) if across else (new, 7), interpolation=kind)
     assert np.array_equal(classify.prepare(image, spec.model_dump(mode="json"))[0], spec.pixels(image))
 
 
